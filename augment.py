@@ -1,0 +1,67 @@
+"""The assignment's training transforms, RandomCrop → FlipLR → Cutout, each on a whole batch at once.
+
+A transform draws one random number per image on the batch's own device, from torch's generator there, so
+`torch.manual_seed` makes it repeatable. Validation batches pass untouched (`split_idx = 0`). The orders put the crop and
+the flip before fastai's `IntToFloatTensor` (10), where a batch is a quarter of the size, and Cutout after `Normalize`
+(99), where the data set's mean is 0.
+"""
+
+import torch
+from fastai.vision.all import DisplayedTransform, TensorImage
+from torchvision.transforms.v2.functional import pad
+
+
+class RandomCrop(DisplayedTransform):
+    """A `size`×`size` window at a random place of the padded image: `(N, C, H, W)` → `(N, C, size, size)`.
+
+    Every offset from 0 to H + 2·`padding` − `size` is equally likely. `pad_mode` is torchvision's: "reflect" (no
+    invented border that the net could learn to see), "constant" (black), "edge" or "symmetric".
+    """
+
+    split_idx, order = 0, 1
+
+    def __init__(self, size: int = 32, padding: int = 4, pad_mode: str = "reflect"):
+        self.size, self.padding, self.pad_mode = size, padding, pad_mode
+
+    def encodes(self, x: TensorImage):
+        windows = pad(x, self.padding, padding_mode=self.pad_mode).unfold(2, self.size, 1).unfold(3, self.size, 1)
+        n, _, rows, cols = windows.shape[:4]
+        top = torch.randint(rows, (n,), device=x.device)
+        left = torch.randint(cols, (n,), device=x.device)
+        return windows[torch.arange(n, device=x.device), :, top, left]
+
+
+class FlipLR(DisplayedTransform):
+    """The mirror image with probability `p`: `(N, C, H, W)` → the same shape."""
+
+    split_idx, order = 0, 2
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def encodes(self, x: TensorImage):
+        flip = torch.rand(len(x), 1, 1, 1, device=x.device) < self.p
+        return torch.where(flip, x.flip(-1), x)
+
+
+class Cutout(DisplayedTransform):
+    """Fill one `height`×`width` rectangle wholly inside the image with `fill`: `(N, C, H, W)` → the same shape.
+
+    Every position is equally likely. The default `fill` of 0 is the data set's mean once `Normalize` has run.
+    Source: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017, where the
+    square may stick out of the image; the assignment's 8×8 here never does.
+    """
+
+    split_idx, order = 0, 100
+
+    def __init__(self, height: int = 8, width: int = 8, fill: float = 0.0):
+        self.height, self.width, self.fill = height, width, fill
+
+    def encodes(self, x: TensorImage):
+        (n, _, h, w), device = x.shape, x.device
+        top = torch.randint(h - self.height + 1, (n, 1), device=device)
+        left = torch.randint(w - self.width + 1, (n, 1), device=device)
+        row, col = torch.arange(h, device=device), torch.arange(w, device=device)
+        rows = (row >= top) & (row < top + self.height)
+        cols = (col >= left) & (col < left + self.width)
+        return x.masked_fill((rows[:, :, None] & cols[:, None, :])[:, None], self.fill)

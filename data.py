@@ -1,0 +1,393 @@
+"""Where the images come from, and how they reach the net: source → folder of images → DataBlock → DataLoaders.
+
+Every source becomes a folder `train/<class>/*`, `test/<class>/*`. Its images are decoded once into one uint8 tensor,
+which is cached on disk; from then on a batch is one indexing operation on that tensor.
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import tarfile
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.vision.all import (
+    CategoryBlock,
+    DataBlock,
+    DataLoaders,
+    ImageBlock,
+    IndexSplitter,
+    Normalize,
+    PILImage,
+    TensorCategory,
+    TensorImage,
+    TfmdDL,
+    URLs,
+    chunked,
+    fastai_path,
+    parallel,
+    parent_label,
+    untar_data,
+)
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from augment import Cutout, FlipLR, RandomCrop
+from errors import UserError
+
+SIZE = 32  # pixels along each side, as in CIFAR-10
+VALID_NAMES = ("test", "valid", "val")  # the usual names of the second split's folder, in order of preference
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+HOLDOUT = 0.1  # of the training images, for choosing things without looking at the test split
+HOLDOUT_SEED = 42  # the same for every run, so that runs with different seeds can be compared
+PATIENCE = 10  # seconds to wait for an answer from the network
+SMALL = 10_000  # training images; below, a batch of 512 would leave only a handful of steps an epoch
+WAYS_TO_CIFAR10 = "connect to the network, or pass --data with a copy: a folder, cifar10.tgz or cifar-10-batches-py"
+
+
+# ---- Sources -------------------------------------------------------------------------------------------------------
+
+
+def find_source(data: str | Path) -> Path:
+    """The image folder that `data` names, made ready if need be; its name is the data set's name.
+
+    `"auto"` is CIFAR-10, or the digits where it cannot be had; `"cifar10"`, `"digits"`; anything else is the path of an
+    image folder, of an archive of one (.tgz, .tar.gz, .zip), or of torchvision's `cifar-10-batches-py`.
+    Raises `UserError` for a path that is none of these, and for `"cifar10"` where it is neither cached nor reachable.
+    """
+    if data == "digits":
+        return digits_folder()
+    if data in ("auto", "cifar10"):
+        try:
+            return cifar10_folder()
+        except OSError as reason:
+            trouble = f"CIFAR-10 is neither in {fastai_path('data')} nor can it be downloaded ({reason})"
+            if data == "cifar10":
+                raise UserError(f"{trouble}; {WAYS_TO_CIFAR10}") from None
+            print(f"{trouble}: training on scikit-learn's handwritten digits instead. For CIFAR-10, {WAYS_TO_CIFAR10}.")
+            return digits_folder()
+    path = Path(data).expanduser().resolve()
+    if not path.exists():
+        raise UserError(f"there is no {path}; --data takes auto, cifar10, digits, or the path of a folder or archive")
+    if path.is_file():
+        path = unpacked(path)
+    for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
+        if folder.name == "cifar-10-batches-py":
+            return from_batches(folder)
+        if (folder / "train").is_dir():
+            return folder
+    raise UserError(f"{path} holds no folder train/<class>/ with images; see --data in the README for the layout")
+
+
+def cifar10_folder() -> Path:
+    """fastai's CIFAR-10: its cached folder, else its cached archive, else its download. Raises `OSError` for neither."""
+    folder, archive = fastai_path("data") / "cifar10", fastai_path("archive") / "cifar10.tgz"
+    if not folder.is_dir() and not archive.is_file():
+        check_reachable(URLs.CIFAR)
+        print("Downloading CIFAR-10 …")
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(3 * PATIENCE)  # a download that stalls ends with an error
+    try:
+        return untar_data(URLs.CIFAR)
+    except Exception as reason:  # fastdownload raises a bare Exception for a wrong checksum
+        raise OSError(str(reason)) from reason
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def check_reachable(url: str):
+    """Raise `OSError` with the reason unless a server answers for `url` within `PATIENCE` seconds."""
+    outcome: list[str] = []
+
+    def ask():
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE):
+                outcome.append("")
+        except urllib.error.URLError as error:
+            outcome.append(str(error.reason))
+        except OSError as error:
+            outcome.append(str(error))
+
+    # In a thread, because looking up the name can take much longer than the timeout.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    if reason := outcome[0] if outcome else f"no answer within {PATIENCE} seconds":
+        raise OSError(reason)
+
+
+def digits_folder() -> Path:
+    """scikit-learn's 1,797 handwritten digits (UCI, 8×8, 17 levels) as 32×32 RGB images, a fifth of them for testing."""
+    folder = fastai_path("data") / "digits"
+    if not folder.exists():
+        digits = load_digits()
+        images = [
+            Image.fromarray(np.uint8(image * 255 / 16)).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
+            for image in digits.images
+        ]
+        _, test = train_test_split(range(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+        split = np.full(len(images), "train", dtype=object)
+        split[test] = "test"
+        write_images(folder, zip(images, split, digits.target, strict=True))
+    return folder
+
+
+def from_batches(folder: Path) -> Path:
+    """torchvision's pickled CIFAR-10 as an image folder. torchvision checks the files' MD5 sums before it loads them."""
+    from torchvision.datasets import CIFAR10
+
+    target = fastai_path("data") / f"cifar10-{key(folder)}" / "cifar10"
+    if not target.exists():
+        print(f"Converting {folder} …")
+        try:
+            splits = {name: CIFAR10(folder.parent, train=name == "train") for name in ("train", "test")}
+        except RuntimeError as reason:
+            raise UserError(f"{folder} is not the CIFAR-10 that torchvision downloads: {reason}") from None
+        write_images(
+            target,
+            (
+                (Image.fromarray(pixels), split, images.classes[label])
+                for split, images in splits.items()
+                for pixels, label in zip(images.data, images.targets, strict=True)
+            ),
+        )
+    return target
+
+
+def unpacked(archive: Path) -> Path:
+    """The folder into which `archive` is unpacked, once: a new one when the archive changes."""
+    name = archive.name.removesuffix(".gz").rsplit(".", 1)[0]
+    folder = fastai_path("data") / f"{name}-{key(archive)}"
+    if not folder.exists():
+        if not tarfile.is_tarfile(archive) and not zipfile.is_zipfile(archive):
+            raise UserError(f"{archive} is neither a tar nor a zip archive; --data takes .tgz, .tar.gz and .zip")
+        print(f"Unpacking {archive} …")
+        with whole_folder(folder) as temporary:
+            if tarfile.is_tarfile(archive):
+                with tarfile.open(archive) as tar:
+                    tar.extractall(temporary, filter="data")
+            else:
+                with zipfile.ZipFile(archive) as zipped:
+                    zipped.extractall(temporary)
+    return folder
+
+
+def key(path: Path) -> str:
+    """Eight letters that change with the path, size and modification time of `path`."""
+    stat = path.stat()
+    return hashlib.sha256(f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()[:8]
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it doesn't."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process made it in the meantime
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_images(folder: Path, images):
+    """Write `(image, split, class)` triples as `folder/<split>/<class>/<number>.png`, all of them or none."""
+    with whole_folder(folder) as temporary:
+        for number, (image, split, label) in enumerate(images):
+            target = temporary / str(split) / str(label)
+            target.mkdir(parents=True, exist_ok=True)
+            image.save(target / f"{number:05}.png")
+
+
+# ---- Images in memory ----------------------------------------------------------------------------------------------
+
+
+def pixels_of(item) -> np.ndarray:
+    """A path, PIL image, array or tensor → uint8 `(3, 32, 32)` in RGB; other sizes are resized, the longer side cropped."""
+    image = PILImage.create(item).convert("RGB")
+    if image.size != (SIZE, SIZE):
+        image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def visible(folder) -> list[os.DirEntry]:
+    """The entries of `folder` by name, without hidden ones."""
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def decode(items) -> np.ndarray:
+    """Several items → uint8 `(N, 3, 32, 32)`."""
+    return np.stack([pixels_of(item) for item in items])
+
+
+class ImageTable:
+    """All images of a folder: `files[i]` decodes to `pixels[i]`, uint8 `(N, 3, 32, 32)`.
+
+    Decoding runs on all cores, once: the pixels are cached beside fastai's data in a file that is written whole or not
+    at all, and made anew when a name, size or time in the folder changes or the cache's own checksum doesn't fit.
+    `hash` is the SHA-256 of the pixels and of each image's split and class.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, folder.name
+        self.is_digits = folder == fastai_path("data") / "digits"
+        self.splits = ["train", *[name for name in VALID_NAMES if (folder / name).is_dir()][:1]]
+        self.files, self.split, self.labels, listing = [], [], [], []
+        for split in self.splits:
+            for class_folder in visible(folder / split):
+                for entry in visible(class_folder) if class_folder.is_dir() else ():
+                    if entry.name.lower().endswith(IMAGE_SUFFIXES):
+                        self.files.append(Path(entry.path))
+                        self.split.append(split)
+                        self.labels.append(class_folder.name)
+                        stat = entry.stat()
+                        listing.append(f"{split}/{class_folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}")
+        if "train" not in self.split:
+            raise UserError(f"{folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
+        self.row = {file: row for row, file in enumerate(self.files)}
+        self.fingerprint = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()
+        self.cache = fastai_path("data") / "decoded" / f"{folder.name}-{key(folder)}.safetensors"
+        self.pixels, self.hash = self.load() or self.build()
+
+    def stats(self, rows) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel over all pixels of the given images, in [0, 1].
+
+        Exact: every one of the 256 values is counted, per channel.
+        """
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        mean, std = [], []
+        for channel in range(3):
+            count = torch.bincount(self.pixels[rows, channel].flatten(), minlength=256).double()
+            mu = (count * levels).sum() / count.sum()
+            mean.append(mu.item())
+            std.append(((count * (levels - mu) ** 2).sum() / count.sum()).sqrt().item())
+        return mean, std
+
+    def checksum(self, pixels: Tensor) -> str:
+        digest = hashlib.sha256("\n".join(map("/".join, zip(self.split, self.labels, strict=True))).encode())
+        digest.update(pixels.numpy())
+        return digest.hexdigest()
+
+    def load(self) -> tuple[Tensor, str] | None:
+        try:
+            with safe_open(self.cache, "pt") as cached:
+                metadata = cached.metadata() or {}
+                if metadata.get("fingerprint") != self.fingerprint:
+                    return None
+                pixels = cached.get_tensor("pixels")
+        except (OSError, SafetensorError):
+            return None
+        if pixels.shape != (len(self.files), 3, SIZE, SIZE) or self.checksum(pixels) != metadata.get("sha256"):
+            return None
+        return pixels, metadata["sha256"]
+
+    def build(self) -> tuple[Tensor, str]:
+        chunks = list(chunked(self.files, 500))
+        workers = os.cpu_count() if len(chunks) > 8 else 0  # starting processes takes longer than a few chunks
+        print(f"Decoding {len(self.files):,} images of {self.folder.name}, once …")
+        decoded = parallel(decode, chunks, n_workers=workers, progress=True)
+        pixels = torch.from_numpy(np.ascontiguousarray(np.concatenate(decoded)))
+        digest = self.checksum(pixels)
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.cache.parent, suffix=".part", delete=False) as temporary:
+            try:
+                save_file({"pixels": pixels}, temporary.name, {"fingerprint": self.fingerprint, "sha256": digest})
+                os.replace(temporary.name, self.cache)
+            except BaseException:
+                os.unlink(temporary.name)
+                raise
+        return pixels, digest
+
+
+class TensorDL(TfmdDL):
+    """A fastai DataLoader whose images are one uint8 tensor, so that a batch is one indexing operation.
+
+    Images of `table` are taken from there; others (`dls.test_dl(files)`, `learn.predict(image)`) are decoded here.
+    """
+
+    def __init__(self, dataset, table: ImageTable | None = None, num_workers: int = 0, **kwargs):
+        super().__init__(dataset, num_workers=0, **kwargs)  # nothing is left to do for workers
+        self.table = table
+        inputs, targets = dataset.tls[: dataset.n_inp], dataset.tls[dataset.n_inp :]
+        try:
+            rows = [table.row[item] for item in dataset.items]
+        except (KeyError, TypeError):
+            self.pixels, self.rows = torch.from_numpy(decode(inputs[0])), torch.arange(len(dataset))
+            targets = [[int(label) for label in labels] for labels in targets]
+        else:
+            self.pixels, self.rows = table.pixels, torch.tensor(rows)
+            numbers = [labels.vocab.o2i for labels in targets]
+            targets = [[number[table.labels[row]] for row in rows] for number in numbers]
+        self.targets = [torch.tensor(target) for target in targets]
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{"table": self.table, **kwargs})
+
+    def __iter__(self):
+        self.randomize()
+        self.before_iter()
+        for indices in chunked(self.get_idxs(), self.bs, self.drop_last):
+            yield self.after_batch(self.batch(torch.tensor(indices)))
+        self.after_iter()
+
+    def batch(self, indices: Tensor) -> tuple:
+        """Images uint8 `(n, 3, 32, 32)`, and labels int64 `(n,)` where the data set has them, on the device."""
+        self.pixels = self.pixels.to(self.device)  # moves once
+        images = self.pixels[self.rows[indices].to(self.device)]
+        return TensorImage(images), *(TensorCategory(target[indices].to(self.device)) for target in self.targets)
+
+
+# ---- DataLoaders ---------------------------------------------------------------------------------------------------
+
+
+def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test") -> DataLoaders:
+    """fastai DataLoaders of 32×32 images for `data` (see `find_source`).
+
+    `bs` is the number of images a step, by default 512, or 64 for fewer than 10,000 training images. `valid="test"`
+    validates on the test split; `valid="holdout"` on a tenth of the training images, class by class, and leaves the
+    test split alone. Raises `UserError` for data that cannot be used.
+    """
+    table = ImageTable(find_source(data))
+    files, labels = table.files, table.labels
+    if valid == "holdout":
+        files, labels = zip(*((f, y) for f, y, split in zip(files, labels, table.split) if split == "train"), strict=True)
+        _, valid_rows = train_test_split(range(len(files)), test_size=HOLDOUT, random_state=HOLDOUT_SEED, stratify=labels)
+    elif len(table.splits) == 2:
+        valid_rows = [row for row, split in enumerate(table.split) if split != "train"]
+    else:
+        raise UserError(f"{table.folder} has no {'/ or '.join(VALID_NAMES)}/ beside train/; add one or use --valid holdout")
+    train_rows = np.setdiff1d(range(len(files)), valid_rows)
+
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock(vocab=sorted(set(table.labels)))),
+        get_items=lambda table: files,
+        splitter=IndexSplitter(valid_rows),
+        get_y=parent_label,
+        batch_tfms=[
+            RandomCrop(SIZE, padding=4),
+            *([] if table.is_digits else [FlipLR()]),  # a digit's mirror image is no digit
+            Cutout(8, 8),
+            Normalize.from_stats(*table.stats(train_rows)),
+        ],
+        dl_type=TensorDL,
+    )
+    return block.dataloaders(table, table=table, bs=bs or (512 if len(train_rows) >= SMALL else 64))

@@ -1,0 +1,49 @@
+"""Mistakes of the user's, told in one sentence."""
+
+import re
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import wraps
+
+from fastcore.all import patch
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message is one sentence: what is wrong, and what would be right."""
+
+
+def stop(message: str, status: int):
+    """Print `message` on stderr and end the program with `status`."""
+    print(message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+@patch
+def error(self: ArgumentParser, message: str):
+    """Without argparse's lines of usage; an unknown option is answered with the one that was probably meant."""
+    if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        meant = get_close_matches(unknown[1], known, n=1)
+        message = f"there is no option {unknown[1]}; " + (f"did you mean {meant[0]}?" if meant else "see --help")
+    stop(f"{self.prog}: error: {message}", 2)
+
+
+def command_line(main: Callable) -> Callable:
+    """Decorate a script's `main`: a `UserError` ends it with one sentence and status 2, Ctrl-C with one line and 130.
+
+    fastcore's `call_parse` spells an option of two words with a hyphen; here an underscore, as in Python, does as well.
+    """
+    sys.argv[1:] = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), a) for a in sys.argv[1:]]
+
+    @wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as mistake:
+            stop(f"error: {mistake}", 2)
+        except KeyboardInterrupt:
+            stop("\nstopped by Ctrl-C", 130)
+
+    return run

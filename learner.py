@@ -1,0 +1,282 @@
+"""The one place where a Learner is built: model, optimiser, loss, precision, callbacks; and how its LRs are found."""
+
+import tempfile
+import time
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from fastai.vision.all import (
+    AvgLoss,
+    Callback,
+    CastToTensor,
+    CrossEntropyLossFlat,
+    DataLoaders,
+    L,
+    Learner,
+    MixedPrecision,
+    OptimWrapper,
+    ProgressCallback,
+    Recorder,
+    TrainEvalCallback,
+    accuracy,
+    minimum,
+    norm_bias_params,
+    steep,
+    valley,
+)
+from fastprogress.fastprogress import format_time
+from scipy.ndimage import uniform_filter1d
+from torch import Tensor, nn
+
+from errors import UserError
+from model import ResNet
+
+MOMENTUM = 0.9  # as in the assignment's notebook; Nesterov's form of it
+WEIGHT_DECAY = 5e-4  # on weights only: pulling biases and normalisation scales to zero helps nobody
+LABEL_SMOOTHING = 0.1  # keeps the net from driving its logits ever further apart on images it already knows
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+# ---- Callbacks -----------------------------------------------------------------------------------------------------
+
+
+class EpochRecorder(Recorder):
+    """fastai's Recorder with a row (epoch from 1, lr, train loss and accuracy, valid loss and accuracy) per epoch.
+
+    The train loss is the mean over the epoch, not the smoothed one, so that it can be set beside the valid loss.
+    `step_losses` holds the loss of each step, `seconds` the duration of each epoch.
+    """
+
+    name = "recorder"
+
+    def __init__(self):
+        super().__init__(train_metrics=True)
+        self.train_loss = AvgLoss()
+
+    def before_fit(self):
+        super().before_fit()
+        self.metric_names = L("epoch", "lr", *self.metric_names[1:])
+        self.step_losses: list[Tensor] = []
+        self.seconds: list[float] = []
+
+    def before_epoch(self):
+        super().before_epoch()
+        self.log = L(self.epoch + 1)
+
+    def before_train(self):
+        for metric in self._train_mets:
+            metric.reset()
+
+    def after_batch(self):
+        if self.training and self.yb:
+            self.smooth_loss.accumulate(self.learn)
+            self.step_losses.append(self.learn.loss.detach())
+        super().after_batch()
+
+    def after_train(self):
+        self.log.append(float(self.opt.hypers[-1]["lr"]))
+        super().after_train()
+
+    def after_epoch(self):
+        self.seconds.append(time.time() - self.start_epoch)
+        super().after_epoch()
+
+    @property
+    def _train_mets(self):
+        return L() if getattr(self, "cancel_train", False) else L(self.train_loss) + self.metrics
+
+
+class CPUMixedPrecision(MixedPrecision):
+    """bfloat16 on the CPU: fastai's own callback autocasts on CUDA only."""
+
+    def __init__(self):
+        super().__init__(amp_mode="bf16")
+
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+class GradientValueClip(Callback):
+    """Clip every value of the gradient to [−`limit`, `limit`], as the assignment's notebook does."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def before_step(self):
+        nn.utils.clip_grad_value_(self.model.parameters(), self.limit)
+
+
+class L1Penalty(Callback):
+    """Add `factor` × the sum of all parameters' absolute values to the training loss, as the notebook can."""
+
+    run_valid = False
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def after_loss(self):
+        self.learn.loss_grad = self.loss_grad + self.factor * sum(p.abs().sum() for p in self.model.parameters())
+        self.learn.loss = self.loss_grad.clone()
+
+
+class TimeEstimate(Callback):
+    """After the first steps of a fit, say how long the whole of it will take."""
+
+    order = ProgressCallback.order + 1  # the progress bar must be there to write above it
+    SKIP, MEASURE = 2, 6  # steps: the first ones also set things up
+
+    def before_fit(self):
+        self.times: list[float] = []
+
+    def after_batch(self):
+        if not self.training or len(self.times) > self.MEASURE + self.SKIP:
+            return
+        self.times.append(time.perf_counter())
+        if len(self.times) == self.MEASURE + self.SKIP + 1:
+            step = (self.times[-1] - self.times[self.SKIP]) / self.MEASURE
+            # A validation step has a forward pass only, about a third of the work.
+            seconds = step * self.n_epoch * (len(self.dls.train) + len(self.dls.valid) / 3) - step * len(self.times)
+            self.say(step, max(seconds, 0))
+
+    def say(self, step: float, seconds: float):
+        end = datetime.now() + timedelta(seconds=seconds)
+        epochs = f"{self.n_epoch} epoch{'s' * (self.n_epoch > 1)}"
+        message = f"{epochs} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms a step)."
+        if self.dls.device.type == "cpu" and seconds > 3600:
+            short = 1 + self.n_epoch // 8
+            message += (
+                f" That is long because this is a CPU: --epochs {short} --peak_epoch 1 takes about"
+                f" {format_time(seconds * short / self.n_epoch)}."
+            )
+        self.progress.mbar.write(message) if hasattr(self, "progress") else print(message)
+
+
+# ---- Learner -------------------------------------------------------------------------------------------------------
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`"auto"` becomes the fastest precision that the device computes in hardware, any other one is checked."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    cuda = device.type == "cuda"
+    if precision == "fp16" and not cuda:
+        raise UserError(f"fp16 needs a CUDA GPU, and this run is on {device.type}; use --precision bf16 or fp32")
+    if precision == "auto":
+        if cuda:
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if device.type == "cpu" and has_bf16 else "fp32"
+    return precision
+
+
+def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
+    if precision == "fp32":
+        return []
+    return [MixedPrecision(amp_mode=precision) if device.type == "cuda" else CPUMixedPrecision()]
+
+
+def decayed_and_not(model: nn.Module) -> list[dict]:
+    """Two parameter groups for the optimiser: weights with weight decay; biases and normalisation without."""
+    free = list(norm_bias_params(model))
+    names = {id(p) for p in free}
+    weights = [p for p in model.parameters() if id(p) not in names]
+    return [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
+
+
+def get_learner(
+    dls: DataLoaders,
+    norm: str = "batch",
+    width: int = 64,
+    precision: str = "auto",
+    clip: float = 0.0,
+    l1: float = 0.0,
+    path: str | Path | None = None,
+) -> Learner:
+    """A fastai Learner that trains the ResNet on `dls` by SGD with Nesterov momentum and cross-entropy.
+
+    `norm` and `width` are the model's. `precision` is "auto" (the fastest the device has), "fp32", "bf16" or "fp16".
+    `clip` limits each value of the gradient and `l1` weighs an L1 penalty; 0 leaves them out. `path` is the Learner's
+    folder. Raises `UserError` for a precision that the device doesn't have, `ValueError` for an unknown `norm`.
+    """
+    precision = resolve_precision(precision, dls.device)
+    model = ResNet(num_classes=len(dls.vocab), norm=norm, width=width)
+    learn = Learner(
+        dls,
+        model.to(dls.device, memory_format=torch.channels_last),  # convolutions run faster in this layout
+        loss_func=CrossEntropyLossFlat(label_smoothing=LABEL_SMOOTHING),
+        opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=MOMENTUM, nesterov=True)),
+        splitter=decayed_and_not,
+        metrics=accuracy,
+        moms=(MOMENTUM, MOMENTUM, MOMENTUM),  # the assignment cycles the learning rate only
+        path=path,
+        default_cbs=False,
+        cbs=[
+            TrainEvalCallback(),
+            EpochRecorder(),
+            CastToTensor(),
+            ProgressCallback(),
+            *precision_callbacks(precision, dls.device),
+            *([GradientValueClip(clip)] if clip else []),
+            *([L1Penalty(l1)] if l1 else []),
+        ],
+    )
+    learn.precision = precision
+    return learn
+
+
+# ---- Learning rates ------------------------------------------------------------------------------------------------
+
+
+class LRCurve(NamedTuple):
+    """What an LR finder saw, one entry a step, and what follows from it."""
+
+    lrs: list[float]
+    losses: list[float]
+    lr_min: float
+    lr_max: float
+    suggestions: dict[str, float]  # of fastai's functions, on the smoothed curve before any blow-up
+
+
+SWEEP = dict(start_lr=1e-3, end_lr=3.0, num_it=50)  # from where nothing happens yet to where every net diverges
+SMOOTHING = 5  # steps that are averaged, two on either side
+BLOW_UP = 1.1  # times the loss at the start: from there on a curve tells nothing more about good rates
+MARGIN = 3  # rates from a third of the one that blew up count as part of the blow-up
+
+
+def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, dict[str, float]]:
+    """`(lr_min, lr_max, suggestions)` from the losses of an LR sweep with rising rates.
+
+    The curve is smoothed and ends before its first blow-up. On what is left, three of fastai's functions make their
+    suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and `valley`. Then
+
+    - lr_max is the LR with the lowest loss, ten times `minimum`: one cycle passes it quickly, and a higher one already
+      does harm;
+    - lr_min is a tenth of the lowest of the three: safe to start from, and, where the LR isn't annihilated, small
+      enough to end with.
+
+    Raises `UserError` where fewer than ten steps come before the blow-up.
+    """
+    smooth = uniform_filter1d(np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf), SMOOTHING, mode="nearest")
+    bad = np.flatnonzero(~(smooth <= BLOW_UP * smooth[0]))
+    end = len(lrs) if not len(bad) else int(np.searchsorted(lrs, lrs[bad[0]] / MARGIN))
+    if end < 10:
+        raise UserError(
+            f"the loss blows up at a learning rate of {lrs[bad[0]]:.2g} already, so the LR finder has nothing to suggest;"
+            " give --lr_max and --lr_min"
+        )
+    x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])
+    suggestions = {function.__name__: float(function(x, y, end)[0]) for function in (minimum, steep, valley)}
+    return min(suggestions.values()) / 10, 10 * suggestions["minimum"], suggestions
+
+
+def find_lrs(learn: Learner) -> LRCurve:
+    """Sweep the learning rate over `SWEEP` with fastai's `lr_find`, which leaves the model as it was."""
+    with tempfile.TemporaryDirectory() as learn.model_dir:  # where fastai keeps the weights in the meantime
+        learn.lr_find(**SWEEP, show_plot=False, suggest_funcs=None)
+    lrs, losses = [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()
+    return LRCurve(lrs, losses, *suggest_lrs(lrs, losses))
