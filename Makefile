@@ -1,0 +1,26 @@
+# make train [ARGS="--epochs 3"], make test, make lint: each sets up .venv first, once.
+PYTHON ?= python3
+
+.PHONY: train test lint
+train: .venv/ready
+	.venv/bin/python train.py $(ARGS)
+
+test: .venv/ready-dev
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/ready-dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+# The marker is written last and an unmarked .venv is thrown away, so an interrupted installation is done again.
+.venv/ready: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	.venv/bin/python -m pip install -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,53 @@
+"""Fixtures: a fastai home of the tests' own, the digits, a tiny image folder, and CIFAR-10 where it is at hand."""
+
+import os
+import tempfile
+from pathlib import Path
+
+HOME = tempfile.TemporaryDirectory(prefix="tests-fastai-")
+os.environ["FASTAI_HOME"] = HOME.name  # before fastai is imported: caches of the tests stay out of the user's
+os.environ["MPLBACKEND"] = "Agg"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from data import get_dls  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> str:
+    """The path of CIFAR-10, from the environment variable of that name."""
+    path = os.environ.get("CIFAR10")
+    if not path:
+        pytest.skip("needs CIFAR-10: set CIFAR10 to the path of cifar10.tgz or of its folder")
+    return os.path.abspath(path)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """DataLoaders of the digits."""
+    return get_dls("digits")
+
+
+def make_images(folder: Path, train: int = 24, test: int = 8, classes=("cross", "ring"), size: int = 32) -> Path:
+    """An image folder of a cross or a ring on noise; `train` and `test` images per class."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size] - size / 2 + 0.5
+    shapes = {"cross": (abs(x) < 2) | (abs(y) < 2), "ring": abs(np.hypot(x, y) - size / 4) < 2}
+    for split, count in (("train", train), ("test", test)):
+        for label in classes:
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 128, (size, size, 3), dtype=np.uint8)
+                pixels[shapes[label]] += 120
+                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """An image folder of two classes, 48 training and 16 test images."""
+    return make_images(tmp_path_factory.mktemp("images") / "shapes")
