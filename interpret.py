@@ -118,7 +118,8 @@ def plot_misclassified(interp: Interpretation):
     for ax, row, image in zip(axes.flat, shown, interp.images(shown)[1].cpu() if len(shown) else ()):
         ax.axis("on")
         show_image(ax, image, f"{interp.caption(row, 'actual')}\n{interp.caption(row, 'predicted')}")
-    figure.suptitle(f"The {len(shown)} worst of {len(wrong):,} misclassified images among {len(interp.targs):,}")
+    which = f"The {len(shown)} worst of {len(wrong):,} misclassified images" if len(wrong) else "No image was misclassified"
+    figure.suptitle(f"{which} among {len(interp.targs):,}")
 
 
 def plot_grad_cam(interp: Interpretation):
@@ -207,6 +208,7 @@ def plot_confusion(interp: Interpretation):
     """fastai's confusion matrix with a title that says how many images it counts."""
     title = f"Confusion matrix: {interp.accuracy:.2%} of {len(interp.targs):,} images right"
     interp.plot_confusion_matrix(title=title, figsize=(8, 8))
+    plt.tight_layout()  # once more, for the axis labels that fastai sets after its own call
 
 
 # ---- Report --------------------------------------------------------------------------------------------------------
