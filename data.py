@@ -93,7 +93,7 @@ def find_source(data: str | Path) -> Path:
 
 
 def cifar10_folder() -> Path:
-    """fastai's CIFAR-10: its cached folder, else its cached archive, else its download. Raises `OSError` for neither."""
+    """fastai's CIFAR-10: its cached folder, or its cached archive, or its download. Raises `OSError` for none."""
     folder, archive = fastai_path("data") / "cifar10", fastai_path("archive") / "cifar10.tgz"
     if not folder.is_dir() and not archive.is_file():
         check_reachable(URLs.CIFAR)
@@ -130,7 +130,7 @@ def check_reachable(url: str):
 
 
 def digits_folder() -> Path:
-    """scikit-learn's 1,797 handwritten digits (UCI, 8×8, 17 levels) as 32×32 RGB images, a fifth of them for testing."""
+    """scikit-learn's 1,797 handwritten digits (UCI, 8×8) as 32×32 RGB images, a fifth of them to test on."""
     folder = fastai_path("data") / "digits"
     if not folder.exists():
         digits = load_digits()
@@ -146,7 +146,7 @@ def digits_folder() -> Path:
 
 
 def from_batches(folder: Path) -> Path:
-    """torchvision's pickled CIFAR-10 as an image folder. torchvision checks the files' MD5 sums before it loads them."""
+    """torchvision's pickled CIFAR-10 as an image folder. torchvision checks the MD5 sums before it loads a file."""
     from torchvision.datasets import CIFAR10
 
     target = fastai_path("data") / f"cifar10-{key(folder)}" / "cifar10"
@@ -221,7 +221,7 @@ def write_images(folder: Path, images):
 
 
 def pixels_of(item) -> np.ndarray:
-    """A path, PIL image, array or tensor → uint8 `(3, 32, 32)` in RGB; other sizes are resized, the longer side cropped."""
+    """A path, PIL image, array or tensor → uint8 `(3, 32, 32)` in RGB, resized with its longer side cropped."""
     image = PILImage.create(item).convert("RGB")
     if image.size != (SIZE, SIZE):
         image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -369,12 +369,18 @@ def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test
     table = ImageTable(find_source(data))
     files, labels = table.files, table.labels
     if valid == "holdout":
-        files, labels = zip(*((f, y) for f, y, split in zip(files, labels, table.split) if split == "train"), strict=True)
-        _, valid_rows = train_test_split(range(len(files)), test_size=HOLDOUT, random_state=HOLDOUT_SEED, stratify=labels)
+        files, labels = zip(
+            *((f, y) for f, y, split in zip(files, labels, table.split) if split == "train"), strict=True
+        )
+        _, valid_rows = train_test_split(
+            range(len(files)), test_size=HOLDOUT, random_state=HOLDOUT_SEED, stratify=labels
+        )
     elif len(table.splits) == 2:
         valid_rows = [row for row, split in enumerate(table.split) if split != "train"]
     else:
-        raise UserError(f"{table.folder} has no {'/ or '.join(VALID_NAMES)}/ beside train/; add one or use --valid holdout")
+        raise UserError(
+            f"{table.folder} has no {'/ or '.join(VALID_NAMES)}/ beside train/; add one or use --valid holdout"
+        )
     train_rows = np.setdiff1d(range(len(files)), valid_rows)
 
     block = DataBlock(

@@ -118,7 +118,9 @@ def plot_misclassified(interp: Interpretation):
     for ax, row, image in zip(axes.flat, shown, interp.images(shown)[1].cpu() if len(shown) else ()):
         ax.axis("on")
         show_image(ax, image, f"{interp.caption(row, 'actual')}\n{interp.caption(row, 'predicted')}")
-    which = f"The {len(shown)} worst of {len(wrong):,} misclassified images" if len(wrong) else "No image was misclassified"
+    which = (
+        f"The {len(shown)} worst of {len(wrong):,} misclassified images" if len(wrong) else "No image was misclassified"
+    )
     figure.suptitle(f"{which} among {len(interp.targs):,}")
 
 
@@ -158,20 +160,22 @@ def plot_grad_cam(interp: Interpretation):
     bar = figure.colorbar(shown, cax=figure.add_axes((0.95, 0.25, 0.012, 0.5)), ticks=[0, 1])
     bar.ax.set_yticklabels(["none", "most"])
     bar.set_label("evidence for the class named above", labelpad=-18)
-    figure.suptitle("Grad-CAM of the worst misclassified images: what speaks for the predicted and for the actual class")
+    figure.suptitle(
+        "Grad-CAM of the worst misclassified images: what speaks for the predicted and for the actual class"
+    )
 
 
 def plot_lr_curve(curve: LRCurve):
     """The loss of each step of an LR sweep, with lr_min, lr_max and fastai's suggestions marked."""
-    figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    _, ax = plt.subplots(figsize=(9, 5), layout="constrained")
     ax.plot(curve.lrs, curve.losses, ".-", color=TRAIN_COLOUR, label="loss of each step")
     for name, lr in (("lr_min", curve.lr_min), ("lr_max", curve.lr_max)):
         ax.axvline(lr, color=LR_COLOUR, linestyle="-" if name == "lr_max" else "--", label=f"{name} = {lr:.2g}")
-    for (name, lr), marker in zip(curve.suggestions.items(), "ov^s"):
+    for (name, lr), marker in zip(curve.suggestions.items(), "ov^"):
         height = np.interp(np.log(lr), np.log(curve.lrs), curve.losses)
         ax.plot(lr, height, marker, color=VALID_COLOUR, markersize=9, label=f"fastai's {name}: {lr:.2g}")
     ax.set_xscale("log")
-    ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # where a sweep ends in a blow-up, its shape matters not
+    ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # a blow-up at the end would flatten all the rest
     ax.set_xlabel("Learning rate")
     ax.set_ylabel("Cross-entropy (mean per image)")
     ax.set_title("LR finder: the learning rate rises at every step")
@@ -186,7 +190,8 @@ def plot_curves(run: Path):
     figure, (loss, accuracy, rate) = plt.subplots(
         3, 1, figsize=(9, 10), sharex=True, height_ratios=[2, 2, 1], layout="constrained"
     )
-    loss.plot([s / steps_per_epoch for s in batches["step"]], batches["loss"], color=TRAIN_COLOUR, alpha=0.25, label="train, each step")  # fmt: skip
+    at = [step / steps_per_epoch for step in batches["step"]]
+    loss.plot(at, batches["loss"], color=TRAIN_COLOUR, alpha=0.25, label="train, each step")
     for ax, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
         for split, colour in (("train", TRAIN_COLOUR), ("valid", VALID_COLOUR)):
             values = [scale * value for value in history[f"{split}_{quantity}"]]
@@ -195,13 +200,15 @@ def plot_curves(run: Path):
         ax.legend()
     loss.set_ylabel("Cross-entropy (mean per image)")
     accuracy.set_ylabel("Accuracy (%)")
-    rate.plot([s / steps_per_epoch for s in batches["step"]], batches["lr"], color=LR_COLOUR)
+    rate.plot(at, batches["lr"], color=LR_COLOUR)
     rate.set_ylabel("Learning rate")
     rate.set_xlabel("Epoch")
     rate.grid(alpha=0.3)
     rate.set_ylim(bottom=0)
     rate.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    figure.suptitle(f"Training: valid accuracy {history['valid_accuracy'][-1]:.2%} after {len(history['epoch'])} epochs")
+    figure.suptitle(
+        f"Training: valid accuracy {history['valid_accuracy'][-1]:.2%} after {len(history['epoch'])} epochs"
+    )
 
 
 def plot_confusion(interp: Interpretation):
@@ -228,7 +235,9 @@ def report(interp: Interpretation) -> str:
     lines += ["| class | accuracy |", "| --- | ---: |"]
     lines += [f"| {label} | {value:.1%} |" for label, value in per_class_accuracy(interp).items() if value is not None]
     lines += ["", "| actual | taken for | images |", "| --- | --- | ---: |"]
-    lines += [f"| {actual} | {predicted} | {count} |" for actual, predicted, count in interp.most_confused(min_val=1)[:10]]
+    lines += [
+        f"| {actual} | {predicted} | {count} |" for actual, predicted, count in interp.most_confused(min_val=1)[:10]
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -266,7 +266,7 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     end = len(lrs) if not len(bad) else int(np.searchsorted(lrs, lrs[bad[0]] / MARGIN))
     if end < 10:
         raise UserError(
-            f"the loss blows up at a learning rate of {lrs[bad[0]]:.2g} already, so the LR finder has nothing to suggest;"
+            f"the loss blows up at a learning rate of {lrs[bad[0]]:.2g} already, which leaves nothing to suggest;"
             " give --lr_max and --lr_min"
         )
     x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])

@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from fastai.vision.all import Callback, Learner, ProgressCallback
+from fastai.vision.all import Callback, DataLoaders, Learner, ProgressCallback
 from matplotlib import pyplot as plt
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -27,8 +28,10 @@ def new_run(runs_dir: str | Path, name: str | None, data: str, recipe: str) -> P
 
     Raises `UserError` for a name that is taken or no plain folder name, and for a `runs_dir` that can't be written to.
     """
-    if name is not None and (Path(name).name != name or name.startswith(".")):
-        raise UserError(f"name is {name!r}; it must be a plain folder name, without slashes, that doesn't begin with a dot")
+    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+        raise UserError(
+            f"name is {name!r}; it must be a plain folder name, without slashes, that doesn't begin with a dot"
+        )
     base = name or f"{datetime.now():%Y%m%d-%H%M%S}-{data}-{recipe}"
     for attempt in range(1, 1000):
         run = Path(runs_dir) / (base if attempt == 1 else f"{base}-{attempt}")
@@ -46,11 +49,15 @@ def new_run(runs_dir: str | Path, name: str | None, data: str, recipe: str) -> P
 def write(path: Path, content: str | bytes):
     """Write `path` whole or not at all: a reader never sees a part of it, not even after a power failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def save_figure(path: Path):
@@ -80,6 +87,11 @@ def read_csv(path: Path) -> dict[str, list[float]]:
     return {column: [float(row[column]) for row in rows] for column in rows[0]}
 
 
+def at_home(path: Path) -> str:
+    """`path` with `~` for the home folder, so that a config can be shown to others and used on another machine."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
 def surroundings() -> dict:
     """What a result may depend on beside the options: versions, hardware, and the commit of this repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -107,21 +119,31 @@ def save_weights(model: nn.Module, path: Path):
     write(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}))
 
 
-def load_run(run: str | Path, dls) -> Learner:
-    """The Learner of a finished run on `dls`, with its weights. Nothing is unpickled."""
-    config = read_config(run)
-    learn = get_learner(dls, **{name: config["options"][name] for name in ("norm", "width", "precision")}, path=run)
-    learn.model.load_state_dict(load_file(Path(run) / "model.safetensors"))
+def load_run(run: str | Path, dls: DataLoaders) -> Learner:
+    """The Learner of a finished run on `dls`, with its weights, which are never unpickled.
+
+    Raises `UserError` for a folder that is not a finished run, and for weights that don't fit the net.
+    """
+    options = read_config(run)["options"]
+    learn = get_learner(dls, norm=options["norm"], precision=options["precision"], path=run)
+    weights = Path(run) / "model.safetensors"
+    try:
+        learn.model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as reason:
+        raise UserError(f"{weights} doesn't hold the weights of this net: {str(reason).splitlines()[0]}") from None
     return learn
 
 
 def read_config(run: str | Path) -> dict:
-    """config.json of a run. Raises `UserError` for a folder that isn't a finished run."""
+    """config.json of a run. Raises `UserError` for a folder that is not a finished run."""
     run = Path(run)
     for file in ("config.json", "model.safetensors"):
         if not (run / file).is_file():
             raise UserError(f"{run} is not the folder of a finished run: it has no {file}")
-    return json.loads((run / "config.json").read_text())
+    try:
+        return json.loads((run / "config.json").read_text())
+    except ValueError as reason:
+        raise UserError(f"config.json in {run} is not JSON ({reason})") from None
 
 
 class RunLog(Callback):

@@ -21,11 +21,11 @@ from errors import UserError, command_line
 from interpret import interpret, per_class_accuracy, plot_lr_curve
 from learner import PRECISIONS, SWEEP, TimeEstimate, find_lrs, get_learner
 from model import NORMS
-from runs import RunLog, new_run, save_figure, save_weights, surroundings, write, write_csv, write_json
+from runs import RunLog, at_home, new_run, save_figure, save_weights, surroundings, write, write_csv, write_json
 
 RECIPE = "assignment"  # one cycle over 24 epochs with RandomCrop → FlipLR → Cutout, as the assignment asks
 EPOCHS, PEAK_EPOCH = 24, 5  # the assignment's
-DIGITS_EPOCHS, DIGITS_PEAK_EPOCH = 8, 2  # enough for the digits, which are there to try everything out in minutes
+DIGITS_EPOCHS = 6  # enough for the digits, which are there to try everything out in minutes
 
 
 def choices(values) -> dict:
@@ -38,8 +38,8 @@ def choices(values) -> dict:
 def main(
     data: str = "auto",  # auto (CIFAR-10 if it can be had, else digits), cifar10, digits, or a folder or archive
     valid: Annotated[str, choices(("test", "holdout"))] = "test",  # report on the test split, or on a tenth of train
-    epochs: int = None,  # times to go through the training images (default: 24; 8 on the digits)
-    peak_epoch: float = None,  # epoch at which the learning rate is highest (default: 5; 2 on the digits)
+    epochs: int = None,  # times to go through the training images (default: 24; 6 on the digits)
+    peak_epoch: float = None,  # epoch at which the learning rate is highest (default: 5 of 24)
     batch_size: int = None,  # images a step (default: 512; 64 where there are fewer than 10,000 training images)
     lr_max: float = None,  # highest learning rate (default: found)
     lr_min: float = None,  # learning rate to start and to end with (default: found; a hundredth of a given lr_max)
@@ -56,6 +56,8 @@ def main(
     for option, value in {"epochs": epochs, "batch_size": batch_size, "lr_max": lr_max, "lr_min": lr_min}.items():
         if value is not None and not value > 0:
             raise UserError(f"{option} is {value}; it must be above 0")
+    if lr_min and lr_max and lr_min > lr_max:
+        raise UserError(f"lr_min ({lr_min:g}) is above lr_max ({lr_max:g}); give a lower --lr_min or a higher --lr_max")
     sys.stdout.reconfigure(line_buffering=True)
     if not sys.stdout.isatty():  # a log file is no place for moving bars
         fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
@@ -65,13 +67,17 @@ def main(
     dls = get_dls(data, batch_size, valid)
     images = dls.train.table
     epochs = epochs or (DIGITS_EPOCHS if images.is_digits else EPOCHS)
-    peak_epoch = peak_epoch or (DIGITS_PEAK_EPOCH if images.is_digits else PEAK_EPOCH)
+    peak_epoch = epochs * PEAK_EPOCH / EPOCHS if peak_epoch is None else peak_epoch
     if not 0 < peak_epoch <= epochs:
         raise UserError(f"peak_epoch is {peak_epoch:g}; it must be above 0 and at most the number of epochs, {epochs}")
+    if not len(dls.train):
+        raise UserError(f"batch_size is {batch_size}, more than the {len(dls.train_ds):,} training images; lower it")
     learn = get_learner(dls, norm, precision=precision, clip=clip, l1=l1)
 
     run = learn.path = new_run(runs_dir, name, images.name, RECIPE)
-    print(f"{images.name}: {len(dls.train_ds):,} training images, {len(dls.valid_ds):,} to validate on ({valid}); {run}")
+    print(
+        f"{images.name}: {len(dls.train_ds):,} images to train on, {len(dls.valid_ds):,} to validate ({valid}); {run}"
+    )
     write(run / "summary.txt", f"{learn.summary()}\n")
 
     if lr_max is None:
@@ -82,11 +88,9 @@ def main(
         save_figure(run / "lr_find.png")
         lr_max, lr_min = curve.lr_max, lr_min or curve.lr_min
     lr_min = lr_min or lr_max / 100
-    if lr_min > lr_max:
-        raise UserError(f"lr_min ({lr_min:g}) is above lr_max ({lr_max:g}); give a lower --lr_min or a higher --lr_max")
 
     options = dict(
-        data=str(images.folder), valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=dls.bs, lr_max=lr_max,
+        data=at_home(images.folder), valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=dls.bs, lr_max=lr_max,
         lr_min=lr_min, annihilate=annihilate, norm=norm, precision=learn.precision, clip=clip, l1=l1, seed=seed,
     )  # fmt: skip
     data_set = dict(name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), sha256=images.hash)

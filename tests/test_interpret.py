@@ -227,5 +227,7 @@ def test_lr_curve_picture():
     columns = read_csv(ROOT / "results/cifar10-3-epochs/lr_find.csv")
     plot_lr_curve(LRCurve(columns["lr"], columns["loss"], *suggest_lrs(columns["lr"], columns["loss"])))
     labels = plt.gca().get_legend_handles_labels()[1]
-    assert any(label.startswith("lr_min = ") for label in labels) and any(label.startswith("lr_max = ") for label in labels)
+    assert any(label.startswith("lr_min = ") for label in labels) and any(
+        label.startswith("lr_max = ") for label in labels
+    )
     check_figure()

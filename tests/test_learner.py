@@ -92,7 +92,6 @@ def test_find_lrs_leaves_the_model_as_it_was(dls):
 # ---- One cycle
 
 
-
 def test_schedule_of_the_notebook():
     """lr_max 0.0416, div 8, annihilation: the notebook's learning rate after each epoch."""
     with (ROOT / "results/notebook/log.csv").open() as file:

@@ -1,0 +1,41 @@
+"""The README claims nothing that isn't in a file, and shows nothing that isn't there."""
+
+import csv
+import json
+import re
+
+from conftest import ROOT
+
+from runs import read_csv
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_figures_equal_their_files():
+    ours = json.loads((ROOT / "results/cifar10-3-epochs/metrics.json").read_text())
+    notebook = read_csv(ROOT / "results/notebook/log.csv")["test_accuracy_percent"]
+    rows = re.findall(r"\| (\d+) \| ([\d.]+) % \| \[(\w+\.\w+)\]", README)
+    assert rows == [
+        (str(ours["epochs"]), f"{100 * ours['accuracy']:.2f}", "metrics.json"),
+        ("3", f"{notebook[2]:.2f}", "log.csv"),
+        ("24", f"{notebook[23]:.2f}", "log.csv"),
+    ]
+    overhead = json.loads((ROOT / "results/overhead.json").read_text())
+    assert f"{overhead['ratio']:.3f} ×" in README
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links and all((ROOT / link).is_file() for link in links)
+
+
+def test_every_option_is_in_the_table():
+    import train
+
+    options = set(train.main.__wrapped__.__wrapped__.__annotations__)
+    assert set(re.findall(r"`--(\w+)`", README.split("## Options")[1].split("A path given")[0])) == options
+
+
+def test_the_notebooks_figures_are_whole():
+    with (ROOT / "results/notebook/log.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 24
