@@ -396,4 +396,6 @@ def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test
         ],
         dl_type=TensorDL,
     )
-    return block.dataloaders(table, table=table, bs=bs or (512 if len(train_rows) >= SMALL else 64))
+    if bs is None:
+        bs = 512 if len(train_rows) >= SMALL else min(64, len(train_rows))
+    return block.dataloaders(table, table=table, bs=bs)

@@ -90,8 +90,9 @@ def main(
     lr_min = lr_min or lr_max / 100
 
     options = dict(
-        data=at_home(images.folder), valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=dls.bs, lr_max=lr_max,
-        lr_min=lr_min, annihilate=annihilate, norm=norm, precision=learn.precision, clip=clip, l1=l1, seed=seed,
+        data=at_home(images.folder), valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=dls.bs,
+        lr_max=lr_max, lr_min=lr_min, annihilate=annihilate, norm=norm, precision=learn.precision, clip=clip, l1=l1,
+        seed=seed,
     )  # fmt: skip
     data_set = dict(name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), sha256=images.hash)
     write_json(run / "config.json", dict(recipe=RECIPE, options=options, data=data_set, **surroundings()))

@@ -170,9 +170,8 @@ def check_figure(panels: int | None = None):
         for t in figure.findobj(matplotlib.text.Text)
         if t.get_visible() and t.get_text().strip() and (t.axes is None or t.axes.axison)
     ]
-    for text in texts:
-        assert figure.bbox.x0 <= text.x0 and text.x1 <= figure.bbox.x1, text
-        assert figure.bbox.y0 <= text.y0 and text.y1 <= figure.bbox.y1, text
+    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height
     for a, b in combinations(texts, 2):
         inner = matplotlib.transforms.Bbox.intersection(a, b)
         assert inner is None or inner.width < 1.5 or inner.height < 1.5
