@@ -49,6 +49,7 @@ from augment import Cutout, FlipLR, RandomCrop
 from errors import UserError
 
 SIZE = 32  # pixels along each side, as in CIFAR-10
+VALIDS = ("test", "holdout")  # what to validate on
 VALID_NAMES = ("test", "valid", "val")  # the usual names of the second split's folder, in order of preference
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 HOLDOUT = 0.1  # of the training images, for choosing things without looking at the test split
@@ -188,7 +189,11 @@ def unpacked(archive: Path) -> Path:
 def key(path: Path) -> str:
     """Eight letters that change with the path, size and modification time of `path`."""
     stat = path.stat()
-    return hashlib.sha256(f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()[:8]
+    return short_hash(f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}")
+
+
+def short_hash(text) -> str:
+    return hashlib.sha256(str(text).encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 @contextmanager
@@ -236,7 +241,7 @@ def visible(folder) -> list[os.DirEntry]:
 
 def decode(items) -> np.ndarray:
     """Several items → uint8 `(N, 3, 32, 32)`."""
-    return np.stack([pixels_of(item) for item in items])
+    return np.array([pixels_of(item) for item in items], dtype=np.uint8).reshape(-1, 3, SIZE, SIZE)
 
 
 class ImageTable:
@@ -247,8 +252,8 @@ class ImageTable:
     `hash` is the SHA-256 of the pixels and of each image's split and class.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.name = folder, folder.name
+    def __init__(self, folder: Path, source: str = ""):
+        self.folder, self.name, self.source = folder, folder.name, source or str(folder)
         self.is_digits = folder == fastai_path("data") / "digits"
         self.splits = ["train", *[name for name in VALID_NAMES if (folder / name).is_dir()][:1]]
         self.files, self.split, self.labels, listing = [], [], [], []
@@ -265,7 +270,7 @@ class ImageTable:
             raise UserError(f"{folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
         self.row = {file: row for row, file in enumerate(self.files)}
         self.fingerprint = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()
-        self.cache = fastai_path("data") / "decoded" / f"{folder.name}-{key(folder)}.safetensors"
+        self.cache = fastai_path("data") / "decoded" / f"{folder.name}-{short_hash(folder)}.safetensors"
         self.pixels, self.hash = self.load() or self.build()
 
     def stats(self, rows) -> tuple[list[float], list[float]]:
@@ -330,16 +335,20 @@ class TensorDL(TfmdDL):
         inputs, targets = dataset.tls[: dataset.n_inp], dataset.tls[dataset.n_inp :]
         try:
             rows = [table.row[item] for item in dataset.items]
-        except (KeyError, TypeError):
-            self.pixels, self.rows = torch.from_numpy(decode(inputs[0])), torch.arange(len(dataset))
-            targets = [[int(label) for label in labels] for labels in targets]
-        else:
+        except (AttributeError, KeyError, TypeError):  # no table, or not in it, or no path
+            rows = None
+        if rows:
             self.pixels, self.rows = table.pixels, torch.tensor(rows)
             numbers = [labels.vocab.o2i for labels in targets]
             targets = [[number[table.labels[row]] for row in rows] for number in numbers]
+        else:
+            self.pixels, self.rows = torch.from_numpy(decode(inputs[0])), torch.arange(len(dataset))
+            targets = [[int(label) for label in labels] for labels in targets]
         self.targets = [torch.tensor(target) for target in targets]
 
     def new(self, dataset=None, cls=None, **kwargs):
+        if dataset is not None and not len(dataset):  # for `learn.export`: no image belongs into its file
+            kwargs["table"] = None
         return super().new(dataset, cls, **{"table": self.table, **kwargs})
 
     def __iter__(self):
@@ -351,7 +360,7 @@ class TensorDL(TfmdDL):
 
     def batch(self, indices: Tensor) -> tuple:
         """Images uint8 `(n, 3, 32, 32)`, and labels int64 `(n,)` where the data set has them, on the device."""
-        self.pixels = self.pixels.to(self.device)  # moves once
+        self.pixels = self.pixels.to(self.device)  # moves them the first time only
         images = self.pixels[self.rows[indices].to(self.device)]
         return TensorImage(images), *(TensorCategory(target[indices].to(self.device)) for target in self.targets)
 
@@ -366,7 +375,12 @@ def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test
     validates on the test split; `valid="holdout"` on a tenth of the training images, class by class, and leaves the
     test split alone. Raises `UserError` for data that cannot be used.
     """
-    table = ImageTable(find_source(data))
+    if valid not in VALIDS:
+        raise UserError(f"valid is {valid!r}; it must be one of {', '.join(VALIDS)}")
+    folder = find_source(data)
+    if data == "auto":
+        data = folder.name
+    table = ImageTable(folder, source=str(data if data in ("cifar10", "digits") else Path(data).expanduser().resolve()))
     files, labels = table.files, table.labels
     if valid == "holdout":
         files, labels = zip(

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
 
-from fastcore.all import patch
-
 
 class UserError(ValueError):
     """Something the user can put right. The message is one sentence: what is wrong, and what would be right."""
@@ -20,8 +18,7 @@ def stop(message: str, status: int):
     raise SystemExit(status)
 
 
-@patch
-def error(self: ArgumentParser, message: str):
+def parser_error(self: ArgumentParser, message: str):
     """Without argparse's lines of usage; an unknown option is answered with the one that was probably meant."""
     if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
         known = [option for option in self._option_string_actions if option.startswith("--")]
@@ -35,7 +32,9 @@ def command_line(main: Callable) -> Callable:
 
     fastcore's `call_parse` spells an option of two words with a hyphen; here an underscore, as in Python, does as well.
     """
-    sys.argv[1:] = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), a) for a in sys.argv[1:]]
+    if main.__module__ == "__main__":  # an import of the script changes nothing
+        ArgumentParser.error = parser_error
+        sys.argv[1:] = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), a) for a in sys.argv[1:]]
 
     @wraps(main)
     def run(*args, **kwargs):

@@ -112,15 +112,19 @@ def plot_misclassified(interp: Interpretation):
     """The worst misclassified images with the probabilities of the actual and of the predicted class."""
     wrong = interp.misclassified()
     shown = wrong[:MISCLASSIFIED]
-    figure, axes = plt.subplots(4, 5, figsize=(10, 10.5), layout="constrained")
+    rows = max(1, -(-len(shown) // 5))
+    figure, axes = plt.subplots(rows, 5, figsize=(10, 0.5 + 2.5 * rows), layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     for ax, row, image in zip(axes.flat, shown, interp.images(shown)[1].cpu() if len(shown) else ()):
         ax.axis("on")
         show_image(ax, image, f"{interp.caption(row, 'actual')}\n{interp.caption(row, 'predicted')}")
-    which = (
-        f"The {len(shown)} worst of {len(wrong):,} misclassified images" if len(wrong) else "No image was misclassified"
-    )
+    if not len(wrong):
+        which = "No image was misclassified"
+    elif len(wrong) == len(shown):
+        which = f"All misclassified images, {len(wrong)}"
+    else:
+        which = f"The {len(shown)} worst of {len(wrong):,} misclassified images"
     figure.suptitle(f"{which} among {len(interp.targs):,}")
 
 
@@ -177,7 +181,7 @@ def plot_lr_curve(curve: LRCurve):
     ax.set_xscale("log")
     ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # a blow-up at the end would flatten all the rest
     ax.set_xlabel("Learning rate")
-    ax.set_ylabel("Cross-entropy (mean per image)")
+    ax.set_ylabel("Cross-entropy with smoothed labels")
     ax.set_title("LR finder: the learning rate rises at every step")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
@@ -198,7 +202,7 @@ def plot_curves(run: Path):
             ax.plot(history["epoch"], values, "o-", color=colour, markersize=4, label=split)
         ax.grid(alpha=0.3)
         ax.legend()
-    loss.set_ylabel("Cross-entropy (mean per image)")
+    loss.set_ylabel("Cross-entropy with smoothed labels")
     accuracy.set_ylabel("Accuracy (%)")
     rate.plot(at, batches["lr"], color=LR_COLOUR)
     rate.set_ylabel("Learning rate")

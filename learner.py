@@ -61,7 +61,8 @@ class EpochRecorder(Recorder):
         super().before_fit()
         self.metric_names = L("epoch", "lr", *self.metric_names[1:])
         self.step_losses: list[Tensor] = []
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # with the validation
+        self.train_seconds = 0.0  # of all epochs, without it
 
     def before_epoch(self):
         super().before_epoch()
@@ -70,6 +71,7 @@ class EpochRecorder(Recorder):
     def before_train(self):
         for metric in self._train_mets:
             metric.reset()
+        self.start_train = time.time()
 
     def after_batch(self):
         if self.training and self.yb:
@@ -78,6 +80,7 @@ class EpochRecorder(Recorder):
         super().after_batch()
 
     def after_train(self):
+        self.train_seconds += time.time() - self.start_train
         self.log.append(float(self.opt.hypers[-1]["lr"]))
         super().after_train()
 
@@ -104,6 +107,8 @@ class CPUMixedPrecision(MixedPrecision):
 class GradientValueClip(Callback):
     """Clip every value of the gradient to [−`limit`, `limit`], as the assignment's notebook does."""
 
+    order = MixedPrecision.order + 1  # after fp16's gradients are scaled back
+
     def __init__(self, limit: float):
         self.limit = limit
 
@@ -112,7 +117,10 @@ class GradientValueClip(Callback):
 
 
 class L1Penalty(Callback):
-    """Add `factor` × the sum of all parameters' absolute values to the training loss, as the notebook can."""
+    """Train on the loss plus `factor` × the sum of all parameters' absolute values, as the notebook can.
+
+    The recorded loss stays without it, so that it can be set beside the valid loss.
+    """
 
     run_valid = False
 
@@ -121,37 +129,35 @@ class L1Penalty(Callback):
 
     def after_loss(self):
         self.learn.loss_grad = self.loss_grad + self.factor * sum(p.abs().sum() for p in self.model.parameters())
-        self.learn.loss = self.loss_grad.clone()
 
 
 class TimeEstimate(Callback):
-    """After the first steps of a fit, say how long the whole of it will take."""
+    """After the first steps, say once how long `epochs` epochs will take, and `sweep` steps of the LR finder before."""
 
     order = ProgressCallback.order + 1  # the progress bar must be there to write above it
     SKIP, MEASURE = 2, 6  # steps: the first ones also set things up
 
-    def before_fit(self):
-        self.times: list[float] = []
+    def __init__(self, epochs: int, sweep: int = 0):
+        self.epochs, self.sweep, self.times = epochs, sweep, []
 
     def after_batch(self):
-        if not self.training or len(self.times) > self.MEASURE + self.SKIP:
+        if not self.training or len(self.times) > self.SKIP + self.MEASURE:
             return
         self.times.append(time.perf_counter())
-        if len(self.times) == self.MEASURE + self.SKIP + 1:
+        if len(self.times) > self.SKIP + self.MEASURE:
             step = (self.times[-1] - self.times[self.SKIP]) / self.MEASURE
             # A validation step has a forward pass only, about a third of the work.
-            seconds = step * self.n_epoch * (len(self.dls.train) + len(self.dls.valid) / 3) - step * len(self.times)
-            self.say(step, max(seconds, 0))
+            self.say(step, step * (self.sweep + self.epochs * (len(self.dls.train) + len(self.dls.valid) / 3)))
 
     def say(self, step: float, seconds: float):
         end = datetime.now() + timedelta(seconds=seconds)
-        epochs = f"{self.n_epoch} epoch{'s' * (self.n_epoch > 1)}"
+        epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}" + " and the LR finder" * bool(self.sweep)
         message = f"{epochs} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms a step)."
-        if self.dls.device.type == "cpu" and seconds > 3600:
-            short = 1 + self.n_epoch // 8
+        short = 1 + self.epochs // 8
+        if self.dls.device.type == "cpu" and seconds > 3600 and short < self.epochs:
             message += (
                 f" That is long because this is a CPU: --epochs {short} --peak_epoch 1 takes about"
-                f" {format_time(seconds * short / self.n_epoch)}."
+                f" {format_time(seconds * short / self.epochs)}."
             )
         self.progress.mbar.write(message) if hasattr(self, "progress") else print(message)
 
@@ -274,9 +280,16 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     return min(suggestions.values()) / 10, 10 * suggestions["minimum"], suggestions
 
 
-def find_lrs(learn: Learner) -> LRCurve:
-    """Sweep the learning rate over `SWEEP` with fastai's `lr_find`, which leaves the model as it was."""
+def sweep_lrs(learn: Learner) -> tuple[list[float], list[float]]:
+    """`(lrs, losses)` of a sweep over `SWEEP` with fastai's `lr_find`, which leaves the model as it was."""
+    model_dir = learn.model_dir
     with tempfile.TemporaryDirectory() as learn.model_dir:  # where fastai keeps the weights in the meantime
         learn.lr_find(**SWEEP, show_plot=False, suggest_funcs=None)
-    lrs, losses = [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()
+    learn.model_dir = model_dir
+    return [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()
+
+
+def find_lrs(learn: Learner) -> LRCurve:
+    """Sweep the learning rate and conclude `lr_min` and `lr_max` from the curve. Raises like `suggest_lrs`."""
+    lrs, losses = sweep_lrs(learn)
     return LRCurve(lrs, losses, *suggest_lrs(lrs, losses))

@@ -87,9 +87,10 @@ def read_csv(path: Path) -> dict[str, list[float]]:
     return {column: [float(row[column]) for row in rows] for column in rows[0]}
 
 
-def at_home(path: Path) -> str:
-    """`path` with `~` for the home folder, so that a config can be shown to others and used on another machine."""
-    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+def at_home(source: str) -> str:
+    """A path below the home folder with `~` for that, so that a config can be shown to others."""
+    path = Path(source)
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else source
 
 
 def surroundings() -> dict:
@@ -122,10 +123,14 @@ def save_weights(model: nn.Module, path: Path):
 def load_run(run: str | Path, dls: DataLoaders) -> Learner:
     """The Learner of a finished run on `dls`, with its weights, which are never unpickled.
 
-    Raises `UserError` for a folder that is not a finished run, and for weights that don't fit the net.
+    Raises `UserError` for a folder that is not a finished run, for data that isn't the run's, and for weights that
+    don't fit the net.
     """
-    options = read_config(run)["options"]
-    learn = get_learner(dls, norm=options["norm"], precision=options["precision"], path=run)
+    config = read_config(run)
+    options, table = config["options"], dls.train.table
+    if table.hash != config["data"]["sha256"]:
+        raise UserError(f"the images in {table.folder} are not those of {run}: they have changed since it was trained")
+    learn = get_learner(dls, norm=options["norm"], path=run)
     weights = Path(run) / "model.safetensors"
     try:
         learn.model.load_state_dict(load_file(weights))

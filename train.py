@@ -16,7 +16,7 @@ from fastai.vision.all import set_seed
 from fastcore.script import call_parse
 from fastprogress import fastprogress
 
-from data import get_dls
+from data import VALIDS, get_dls
 from errors import UserError, command_line
 from interpret import interpret, per_class_accuracy, plot_lr_curve
 from learner import PRECISIONS, SWEEP, TimeEstimate, find_lrs, get_learner
@@ -28,6 +28,11 @@ EPOCHS, PEAK_EPOCH = 24, 5  # the assignment's
 DIGITS_EPOCHS = 6  # enough for the digits, which are there to try everything out in minutes
 
 
+def check_order(lr_min: float, lr_max: float):
+    if lr_min > lr_max:
+        raise UserError(f"lr_min ({lr_min:g}) is above lr_max ({lr_max:g}); give a lower --lr_min or a higher --lr_max")
+
+
 def choices(values) -> dict:
     """How `call_parse` is told the values that an option can take."""
     return {"choices": list(values)}
@@ -37,7 +42,7 @@ def choices(values) -> dict:
 @command_line
 def main(
     data: str = "auto",  # auto (CIFAR-10 if it can be had, else digits), cifar10, digits, or a folder or archive
-    valid: Annotated[str, choices(("test", "holdout"))] = "test",  # report on the test split, or on a tenth of train
+    valid: Annotated[str, choices(VALIDS)] = "test",  # report on the test split, or on a tenth of train
     epochs: int = None,  # times to go through the training images (default: 24; 6 on the digits)
     peak_epoch: float = None,  # epoch at which the learning rate is highest (default: 5 of 24)
     batch_size: int = None,  # images a step (default: 512; 64 where there are fewer than 10,000 training images)
@@ -56,8 +61,8 @@ def main(
     for option, value in {"epochs": epochs, "batch_size": batch_size, "lr_max": lr_max, "lr_min": lr_min}.items():
         if value is not None and not value > 0:
             raise UserError(f"{option} is {value}; it must be above 0")
-    if lr_min and lr_max and lr_min > lr_max:
-        raise UserError(f"lr_min ({lr_min:g}) is above lr_max ({lr_max:g}); give a lower --lr_min or a higher --lr_max")
+    if lr_min and lr_max:
+        check_order(lr_min, lr_max)
     sys.stdout.reconfigure(line_buffering=True)
     if not sys.stdout.isatty():  # a log file is no place for moving bars
         fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
@@ -80,6 +85,7 @@ def main(
     )
     write(run / "summary.txt", f"{learn.summary()}\n")
 
+    learn.add_cb(TimeEstimate(epochs, sweep=0 if lr_max else SWEEP["num_it"]))
     if lr_max is None:
         print(f"LR finder: {SWEEP['num_it']} steps with rates from {SWEEP['start_lr']:g} to {SWEEP['end_lr']:g}")
         curve = find_lrs(learn)
@@ -88,13 +94,16 @@ def main(
         save_figure(run / "lr_find.png")
         lr_max, lr_min = curve.lr_max, lr_min or curve.lr_min
     lr_min = lr_min or lr_max / 100
+    check_order(lr_min, lr_max)
 
     options = dict(
-        data=at_home(images.folder), valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=dls.bs,
+        data=at_home(images.source), valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=dls.bs,
         lr_max=lr_max, lr_min=lr_min, annihilate=annihilate, norm=norm, precision=learn.precision, clip=clip, l1=l1,
         seed=seed,
     )  # fmt: skip
-    data_set = dict(name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), sha256=images.hash)
+    data_set = dict(
+        name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab), sha256=images.hash
+    )
     write_json(run / "config.json", dict(recipe=RECIPE, options=options, data=data_set, **surroundings()))
 
     print(f"One cycle: {epochs} epochs, learning rate {lr_min:.2g} → {lr_max:.2g} at epoch {peak_epoch:g} → "
@@ -106,10 +115,10 @@ def main(
         div=div,
         div_final=1e5 if annihilate else div,  # the assignment: no annihilation, so it ends where it began
         pct_start=peak_epoch / epochs,
-        cbs=[TimeEstimate(), RunLog(run)],
+        cbs=RunLog(run),
     )
     save_weights(learn.model, run / "model.safetensors")
-    training = sum(learn.recorder.seconds)
+    training = learn.recorder.train_seconds  # without validation
 
     interp = interpret(learn, run)
     metrics = dict(

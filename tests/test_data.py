@@ -306,6 +306,11 @@ def test_holdout_is_a_balanced_seeded_tenth_of_the_training_images(digits):
     assert set(get_dls("digits", valid="holdout").valid_ds.items) == valid
 
 
+def test_a_wrong_kind_of_validation():
+    with pytest.raises(UserError, match="must be one of test, holdout"):
+        get_dls("digits", valid="houldout")
+
+
 def test_batch_size():
     assert get_dls("digits").bs == 64 and get_dls("digits", bs=100).bs == 100
 

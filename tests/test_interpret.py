@@ -211,7 +211,7 @@ def test_curves_picture():
     plot_curves(ROOT / "results/cifar10-3-epochs")
     loss, accuracy, rate = plt.gcf().axes
     assert [ax.get_ylabel() for ax in (loss, accuracy, rate)] == [
-        "Cross-entropy (mean per image)", "Accuracy (%)", "Learning rate",
+        "Cross-entropy with smoothed labels", "Accuracy (%)", "Learning rate",
     ]  # fmt: skip
     assert rate.get_xlabel() == "Epoch" and rate.get_xlim()[1] < 5  # epochs, not batches
     check_figure()

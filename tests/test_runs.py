@@ -60,7 +60,8 @@ def run(tmp_path, shapes):
     set_seed(0)
     learn = get_learner(get_dls(shapes, bs=16))
     save_weights(learn.model, tmp_path / "model.safetensors")
-    write_json(tmp_path / "config.json", {"options": {"norm": "batch", "precision": "fp32"}})
+    data = {"sha256": learn.dls.train.table.hash}
+    write_json(tmp_path / "config.json", {"options": {"norm": "batch", "precision": "fp32"}, "data": data})
     return tmp_path, learn
 
 
@@ -88,6 +89,11 @@ def test_weights_of_another_net(run, shapes):
     save_weights(ResNet(width=8), folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load_run(folder, get_dls(shapes, bs=16))
+
+
+def test_other_images_than_the_runs(run, digits):
+    with pytest.raises(UserError, match="have changed"):
+        load_run(run[0], digits)
 
 
 def test_folders_that_are_no_run(tmp_path):

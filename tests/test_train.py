@@ -46,7 +46,7 @@ def test_a_run_leaves_every_file(run):
     assert re.fullmatch(r"\d{8}-\d{6}-shapes-assignment", folder.name)
     lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
     assert lines[-1].startswith("shapes: ") and folder.name in lines[-1]
-    assert "2 epochs will take about" in said and "█" not in said
+    assert said.count("2 epochs and the LR finder will take about") == 1 and "█" not in said
     assert sum(bool(re.match(r"[12] +0\.\d+ ", line)) for line in lines) == 2
 
 
@@ -65,7 +65,14 @@ def test_its_figures_agree(run):
     assert batches["lr"][0] == pytest.approx(options["lr_min"]) and max(batches["lr"]) == pytest.approx(
         options["lr_max"]
     )
-    assert config["data"]["train"] == 48 and len(config["data"]["sha256"]) == 64
+    peak = batches["lr"].index(max(batches["lr"]))
+    assert peak == 6 and max(batches["lr"][:peak]) < max(batches["lr"])  # six steps an epoch
+    assert options["lr_min"] < batches["lr"][-1] < 0.2 * options["lr_max"]  # the step before it is back at lr_min
+    assert (
+        config["data"]["classes"] == ["cross", "ring"]
+        and config["data"]["train"] == 48
+        and len(config["data"]["sha256"]) == 64
+    )
     assert config["versions"]["fastai"] and config["hardware"]["threads"]
     assert "Total params: 6,569,986" in (folder / "summary.txt").read_text()  # two classes
     for picture in folder.glob("*.png"):
@@ -84,7 +91,7 @@ def test_interpret_makes_the_pictures_again(run):
 
 
 def test_the_same_command_gives_the_same_weights(shapes, tmp_path):
-    arguments = ("--data", shapes, "--epochs", 1, "--peak_epoch", 1, "--batch_size", 24, "--lr_max", 0.01)
+    arguments = ("--data", shapes, "--epochs", 2, "--peak_epoch", 1, "--batch_size", 24, "--lr_max", 0.01)
     for name in ("a", "b"):
         done = command("train.py", *arguments, "--runs_dir", "here", "--name", name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
