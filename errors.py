@@ -1,4 +1,4 @@
-"""Mistakes of the user's, told in one sentence."""
+"""How the scripts speak to their user: mistakes are told in one sentence, and bars move on terminals only."""
 
 import re
 import sys
@@ -6,6 +6,8 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
+
+from fastprogress import fastprogress
 
 
 class UserError(ValueError):
@@ -34,6 +36,9 @@ def command_line(main: Callable) -> Callable:
     """
     if main.__module__ == "__main__":  # an import of the script changes nothing
         ArgumentParser.error = parser_error
+        sys.stdout.reconfigure(line_buffering=True)
+        if not sys.stdout.isatty():  # a log file is no place for moving bars
+            fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
         sys.argv[1:] = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), a) for a in sys.argv[1:]]
 
     @wraps(main)

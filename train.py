@@ -8,13 +8,11 @@
     learn.fit_one_cycle(24, 0.3, pct_start=5/24)
 """
 
-import sys
 import time
 from typing import Annotated
 
 from fastai.vision.all import set_seed
 from fastcore.script import call_parse
-from fastprogress import fastprogress
 
 from data import VALIDS, get_dls
 from errors import UserError, command_line
@@ -63,9 +61,6 @@ def main(
             raise UserError(f"{option} is {value}; it must be above 0")
     if lr_min and lr_max:
         check_order(lr_min, lr_max)
-    sys.stdout.reconfigure(line_buffering=True)
-    if not sys.stdout.isatty():  # a log file is no place for moving bars
-        fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
     started = time.time()
     set_seed(seed, reproducible=True)
 
