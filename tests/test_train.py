@@ -149,6 +149,7 @@ def test_ctrl_c_ends_with_one_line(shapes, tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     for line in process.stdout:
         if line.startswith("One cycle"):
