@@ -280,16 +280,11 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     return min(suggestions.values()) / 10, 10 * suggestions["minimum"], suggestions
 
 
-def sweep_lrs(learn: Learner) -> tuple[list[float], list[float]]:
-    """`(lrs, losses)` of a sweep over `SWEEP` with fastai's `lr_find`, which leaves the model as it was."""
+def find_lrs(learn: Learner) -> LRCurve:
+    """Sweep over `SWEEP` with fastai's `lr_find`, which leaves the model as it was. Raises like `suggest_lrs`."""
     model_dir = learn.model_dir
     with tempfile.TemporaryDirectory() as learn.model_dir:  # where fastai keeps the weights in the meantime
         learn.lr_find(**SWEEP, show_plot=False, suggest_funcs=None)
     learn.model_dir = model_dir
-    return [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()
-
-
-def find_lrs(learn: Learner) -> LRCurve:
-    """Sweep the learning rate and conclude `lr_min` and `lr_max` from the curve. Raises like `suggest_lrs`."""
-    lrs, losses = sweep_lrs(learn)
+    lrs, losses = [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()
     return LRCurve(lrs, losses, *suggest_lrs(lrs, losses))
