@@ -8,16 +8,16 @@ import hashlib
 import os
 import shutil
 import socket
+import stat
 import tarfile
-import tempfile
 import threading
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
+import fastai.data
 import numpy as np
 import torch
 from fastai.vision.all import (
@@ -33,27 +33,31 @@ from fastai.vision.all import (
     TfmdDL,
     URLs,
     chunked,
+    default_device,
+    fastai_cfg,
     fastai_path,
     parallel,
     parent_label,
-    untar_data,
 )
+from fastdownload import FastDownload
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from augment import Cutout, FlipLR, RandomCrop
 from errors import UserError
+from files import Damaged, load_tensors, save_tensors, whole_folder
 
 SIZE = 32  # pixels along each side, as in CIFAR-10
+DEVICES = ("auto", "cpu", "cuda")
 VALIDS = ("test", "holdout")  # what to validate on
 VALID_NAMES = ("test", "valid", "val")  # the usual names of the second split's folder, in order of preference
+MIN_SIDE = 4  # pixels; a smaller image is a mistake
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 HOLDOUT = 0.1  # of the training images, for choosing things without looking at the test split
 HOLDOUT_SEED = 42  # the same for every run, so that runs with different seeds can be compared
+CIFAR10_IMAGES = 60_000
 PATIENCE = 10  # seconds to wait for an answer from the network
 SMALL = 10_000  # training images; below, a batch of 512 would leave only a handful of steps an epoch
 WAYS_TO_CIFAR10 = "connect to the network, or pass --data with a copy: a folder, cifar10.tgz or cifar-10-batches-py"
@@ -80,33 +84,40 @@ def find_source(data: str | Path) -> Path:
                 raise UserError(f"{trouble}; {WAYS_TO_CIFAR10}") from None
             print(f"{trouble}: training on scikit-learn's handwritten digits instead. For CIFAR-10, {WAYS_TO_CIFAR10}.")
             return digits_folder()
-    path = Path(data).expanduser().resolve()
-    if not path.exists():
-        raise UserError(f"there is no {path}; --data takes auto, cifar10, digits, or the path of a folder or archive")
-    if path.is_file():
-        path = unpacked(path)
-    for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
-        if folder.name == "cifar-10-batches-py":
-            return from_batches(folder)
-        if (folder / "train").is_dir():
-            return folder
+    try:
+        path = Path(data).expanduser().resolve(strict=True)
+        if path.is_file():
+            path = unpacked(path)
+        for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
+            if folder.name == "cifar-10-batches-py":
+                return from_batches(folder)
+            if (folder / "train").is_dir():
+                return folder
+    except FileNotFoundError:
+        raise UserError(f"there is no {data}; --data takes auto, cifar10, digits, or a folder or archive") from None
+    except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, links in a circle
+        raise UserError(f"{data} can't be read ({reason})") from None
     raise UserError(f"{path} holds no folder train/<class>/ with images; see --data in the README for the layout")
 
 
 def cifar10_folder() -> Path:
     """fastai's CIFAR-10: its cached folder, or its cached archive, or its download. Raises `OSError` for none."""
     folder, archive = fastai_path("data") / "cifar10", fastai_path("archive") / "cifar10.tgz"
-    if not folder.is_dir() and not archive.is_file():
+    if sum(len(files) for _, _, files in os.walk(folder)) >= CIFAR10_IMAGES:  # a killed fastai may leave a part of it
+        return folder
+    if not archive.is_file():
         check_reachable(URLs.CIFAR)
         print("Downloading CIFAR-10 …")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(3 * PATIENCE)  # a download that stalls ends with an error
     try:
-        return untar_data(URLs.CIFAR)
+        # Checks the size and the beginning of an archive that is there already, too.
+        archive = FastDownload(fastai_cfg(), module=fastai.data, base="~/.fastai").download(URLs.CIFAR)
     except Exception as reason:  # fastdownload raises a bare Exception for a wrong checksum
         raise OSError(str(reason)) from reason
     finally:
         socket.setdefaulttimeout(timeout)
+    return unpacked(Path(archive)) / "cifar10"
 
 
 def check_reachable(url: str):
@@ -173,17 +184,45 @@ def unpacked(archive: Path) -> Path:
     name = archive.name.removesuffix(".gz").rsplit(".", 1)[0]
     folder = fastai_path("data") / f"{name}-{key(archive)}"
     if not folder.exists():
-        if not tarfile.is_tarfile(archive) and not zipfile.is_zipfile(archive):
-            raise UserError(f"{archive} is neither a tar nor a zip archive; --data takes .tgz, .tar.gz and .zip")
         print(f"Unpacking {archive} …")
         with whole_folder(folder) as temporary:
-            if tarfile.is_tarfile(archive):
-                with tarfile.open(archive) as tar:
-                    tar.extractall(temporary, filter="data")
-            else:
-                with zipfile.ZipFile(archive) as zipped:
-                    zipped.extractall(temporary)
+            unpack(archive, temporary)
     return folder
+
+
+def unpack(archive: Path, folder: Path):
+    """Unpack a tar or zip archive into `folder`.
+
+    Raises `UserError` for a file that is neither, that is damaged, that would write outside of `folder`, that holds
+    anything but files, folders and links between them, or that needs more room than there is.
+    """
+    try:
+        if tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                check_members(((member.name, member.size) for member in tar), folder)
+                tar.extractall(folder, filter="data")  # refuses links that lead out, and devices
+        elif zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                check_members(((member.filename, member.file_size) for member in zipped.infolist()), folder)
+                for member in zipped.infolist():
+                    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                        raise UserError(f"{member.filename!r} in it is neither a file nor a folder")
+                zipped.extractall(folder)
+        else:
+            raise UserError("it is neither a tar nor a zip archive; --data takes .tgz, .tar.gz and .zip")
+    except Exception as reason:  # whatever a decompressor stumbles over, the archive is no good
+        raise UserError(f"{archive} can't be unpacked: {reason or type(reason).__name__}") from None
+
+
+def check_members(members: Iterable[tuple[str, int]], folder: Path):
+    """Raise `UserError` for a name that leads out of `folder`, or where the bytes of all files have no room there."""
+    free, needed = shutil.disk_usage(folder).free, 0
+    for name, size in members:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{name!r} in it leads out of the folder that it is unpacked into")
+        needed += size
+        if needed > free:
+            raise UserError(f"it holds more than {needed / 1e9:,.1f} GB, and only {free / 1e9:,.1f} GB are free")
 
 
 def key(path: Path) -> str:
@@ -194,23 +233,6 @@ def key(path: Path) -> str:
 
 def short_hash(text) -> str:
     return hashlib.sha256(str(text).encode(errors="surrogateescape")).hexdigest()[:8]
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it doesn't."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process made it in the meantime
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_images(folder: Path, images):
@@ -226,11 +248,27 @@ def write_images(folder: Path, images):
 
 
 def pixels_of(item) -> np.ndarray:
-    """A path, PIL image, array or tensor → uint8 `(3, 32, 32)` in RGB, resized with its longer side cropped."""
-    image = PILImage.create(item).convert("RGB")
+    """A path, PIL image, array or tensor → uint8 `(3, 32, 32)` in RGB, resized with its longer side cropped.
+
+    Raises `UserError` for what is no image, is damaged, or has a side of less than `MIN_SIDE` pixels.
+    """
+    try:
+        image = PILImage.create(item, mode=None)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 256))
+        image = image.convert("RGB")
+    except Exception as reason:  # Pillow's plugins stumble over damage in many ways
+        raise UserError(f"{printable(item)} can't be read as an image ({reason}); repair or remove it") from None
+    if min(image.size) < MIN_SIDE:
+        raise UserError(f"{printable(item)} is too small to show anything, {image.width}×{image.height}; remove it")
     if image.size != (SIZE, SIZE):
         image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def printable(item) -> str:
+    """`item` on one line."""
+    return str(item) if str(item).isprintable() else repr(str(item))
 
 
 def visible(folder) -> list[os.DirEntry]:
@@ -257,21 +295,41 @@ class ImageTable:
         self.is_digits = folder == fastai_path("data") / "digits"
         self.splits = ["train", *[name for name in VALID_NAMES if (folder / name).is_dir()][:1]]
         self.files, self.split, self.labels, listing = [], [], [], []
-        for split in self.splits:
-            for class_folder in visible(folder / split):
-                for entry in visible(class_folder) if class_folder.is_dir() else ():
-                    if entry.name.lower().endswith(IMAGE_SUFFIXES):
-                        self.files.append(Path(entry.path))
-                        self.split.append(split)
-                        self.labels.append(class_folder.name)
-                        stat = entry.stat()
-                        listing.append(f"{split}/{class_folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}")
-        if "train" not in self.split:
-            raise UserError(f"{folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
+        try:
+            for split in self.splits:
+                for class_folder in visible(folder / split):
+                    for entry in visible(class_folder) if class_folder.is_dir() else ():
+                        if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir():
+                            self.files.append(Path(entry.path))
+                            self.split.append(split)
+                            self.labels.append(class_folder.name)
+                            stat = entry.stat()
+                            listing.append(
+                                f"{split}/{class_folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}"
+                            )
+        except OSError as reason:
+            raise UserError(f"{reason.filename} can't be read ({reason.strerror}); repair or remove it") from None
+        self.check_classes()
         self.row = {file: row for row, file in enumerate(self.files)}
         self.fingerprint = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()
         self.cache = fastai_path("data") / "decoded" / f"{folder.name}-{short_hash(folder)}.safetensors"
         self.pixels, self.hash = self.load() or self.build()
+
+    def check_classes(self):
+        """Raise `UserError` for classes that can't be learned."""
+        known, others = (
+            {label for label, split in zip(self.labels, self.split) if (split == "train") == is_train}
+            for is_train in (True, False)
+        )
+        if not known:
+            raise UserError(f"{self.folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
+        if len(known) == 1:
+            raise UserError(f"{self.folder}/train holds images of one class only, {printable(*known)}; add another")
+        if unknown := sorted(others - known):
+            raise UserError(
+                f"{self.folder}/{self.splits[1]} has images of {printable(', '.join(unknown))}, and train has none;"
+                " add some there, or remove these"
+            )
 
     def stats(self, rows) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over all pixels of the given images, in [0, 1].
@@ -288,38 +346,29 @@ class ImageTable:
         return mean, std
 
     def checksum(self, pixels: Tensor) -> str:
-        digest = hashlib.sha256("\n".join(map("/".join, zip(self.split, self.labels, strict=True))).encode())
+        names = "\n".join(map("/".join, zip(self.split, self.labels, strict=True)))
+        digest = hashlib.sha256(names.encode(errors="surrogateescape"))
         digest.update(pixels.numpy())
         return digest.hexdigest()
 
     def load(self) -> tuple[Tensor, str] | None:
         try:
-            with safe_open(self.cache, "pt") as cached:
-                metadata = cached.metadata() or {}
-                if metadata.get("fingerprint") != self.fingerprint:
-                    return None
-                pixels = cached.get_tensor("pixels")
-        except (OSError, SafetensorError):
+            tensors, state = load_tensors(self.cache)
+        except (FileNotFoundError, Damaged):
             return None
-        if pixels.shape != (len(self.files), 3, SIZE, SIZE) or self.checksum(pixels) != metadata.get("sha256"):
+        if state["fingerprint"] != self.fingerprint:
             return None
-        return pixels, metadata["sha256"]
+        return tensors["pixels"], state["sha256"]
 
     def build(self) -> tuple[Tensor, str]:
         chunks = list(chunked(self.files, 500))
         workers = os.cpu_count() if len(chunks) > 8 else 0  # starting processes takes longer than a few chunks
-        print(f"Decoding {len(self.files):,} images of {self.folder.name}, once …")
+        print(f"Decoding {len(self.files):,} images of {printable(self.folder.name)}, once …")
         decoded = parallel(decode, chunks, n_workers=workers, progress=True)
         pixels = torch.from_numpy(np.ascontiguousarray(np.concatenate(decoded)))
         digest = self.checksum(pixels)
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.cache.parent, suffix=".part", delete=False) as temporary:
-            try:
-                save_file({"pixels": pixels}, temporary.name, {"fingerprint": self.fingerprint, "sha256": digest})
-                os.replace(temporary.name, self.cache)
-            except BaseException:
-                os.unlink(temporary.name)
-                raise
+        save_tensors(self.cache, {"pixels": pixels}, fingerprint=self.fingerprint, sha256=digest)
         return pixels, digest
 
 
@@ -368,15 +417,23 @@ class TensorDL(TfmdDL):
 # ---- DataLoaders ---------------------------------------------------------------------------------------------------
 
 
-def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test") -> DataLoaders:
+def get_device(device: str) -> torch.device:
+    """`"auto"` is the fastest device here. Raises `UserError` for `"cuda"` where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU that PyTorch can use here; leave out --device, or set it to cpu")
+    return default_device() if device == "auto" else torch.device(device)
+
+
+def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test", device: str = "auto") -> DataLoaders:
     """fastai DataLoaders of 32×32 images for `data` (see `find_source`).
 
     `bs` is the number of images a step, by default 512, or 64 for fewer than 10,000 training images. `valid="test"`
     validates on the test split; `valid="holdout"` on a tenth of the training images, class by class, and leaves the
-    test split alone. Raises `UserError` for data that cannot be used.
+    test split alone. `device` is "auto", "cpu" or "cuda". Raises `UserError` for data that cannot be used.
     """
     if valid not in VALIDS:
         raise UserError(f"valid is {valid!r}; it must be one of {', '.join(VALIDS)}")
+    device = get_device(device)
     folder = find_source(data)
     if data == "auto":
         data = folder.name
@@ -386,9 +443,12 @@ def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test
         files, labels = zip(
             *((f, y) for f, y, split in zip(files, labels, table.split) if split == "train"), strict=True
         )
-        _, valid_rows = train_test_split(
-            range(len(files)), test_size=HOLDOUT, random_state=HOLDOUT_SEED, stratify=labels
-        )
+        try:
+            _, valid_rows = train_test_split(
+                range(len(files)), test_size=HOLDOUT, random_state=HOLDOUT_SEED, stratify=labels
+            )
+        except ValueError as reason:
+            raise UserError(f"{table.folder} has too few images to hold a tenth of them out ({reason})") from None
     elif len(table.splits) == 2:
         valid_rows = [row for row, split in enumerate(table.split) if split != "train"]
     else:
@@ -412,4 +472,4 @@ def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test
     )
     if bs is None:
         bs = 512 if len(train_rows) >= SMALL else min(64, len(train_rows))
-    return block.dataloaders(table, table=table, bs=bs)
+    return block.dataloaders(table, table=table, bs=bs, device=device)

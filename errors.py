@@ -1,6 +1,7 @@
 """How the scripts speak to their user: mistakes are told in one sentence, and bars move on terminals only."""
 
 import re
+import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -12,6 +13,21 @@ from fastprogress import fastprogress
 
 class UserError(ValueError):
     """Something the user can put right. The message is one sentence: what is wrong, and what would be right."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self):  # fastai rewrites the arguments of an exception that passes through a callback
+        return self.message
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, with which an operating system ends a process; as good a reason to stop as Ctrl-C."""
+
+
+def terminate(*_):
+    raise Terminated
 
 
 def stop(message: str, status: int):
@@ -30,13 +46,15 @@ def parser_error(self: ArgumentParser, message: str):
 
 
 def command_line(main: Callable) -> Callable:
-    """Decorate a script's `main`: a `UserError` ends it with one sentence and status 2, Ctrl-C with one line and 130.
+    """Decorate a script's `main`: a `UserError` ends it with one sentence and status 2, Ctrl-C and SIGTERM with
+    one line and 130 or 143. The exception's own text, if it has one, is printed, too.
 
     fastcore's `call_parse` spells an option of two words with a hyphen; here an underscore, as in Python, does as well.
     """
     if main.__module__ == "__main__":  # an import of the script changes nothing
         ArgumentParser.error = parser_error
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        signal.signal(signal.SIGTERM, terminate)
         if not sys.stdout.isatty():  # a log file is no place for moving bars
             fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
         sys.argv[1:] = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), a) for a in sys.argv[1:]]
@@ -47,7 +65,8 @@ def command_line(main: Callable) -> Callable:
             return main(*args, **kwargs)
         except UserError as mistake:
             stop(f"error: {mistake}", 2)
-        except KeyboardInterrupt:
-            stop("\nstopped by Ctrl-C", 130)
+        except KeyboardInterrupt as interrupt:
+            by, status = ("SIGTERM", 143) if isinstance(interrupt, Terminated) else ("Ctrl-C", 130)
+            stop(f"\nstopped by {by}{interrupt}", status)
 
     return run

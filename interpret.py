@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from data import get_dls
 from errors import command_line
+from files import write
 from learner import LRCurve
-from runs import load_run, read_config, read_csv, save_figure, write
+from runs import load_run, read_config, read_csv, save_figure
 
 MISCLASSIFIED = 20  # the assignment asks for 20
 EXPLAINED = 10  # of them get a Grad-CAM
@@ -269,6 +270,6 @@ def main(
     "Make the pictures and the report of a finished run again."
     config = read_config(run)
     options = config["options"]
-    learn = load_run(run, get_dls(options["data"], options["batch_size"], options["valid"]))
+    learn = load_run(run, get_dls(*(options[name] for name in ("data", "batch_size", "valid", "device"))))
     interp = interpret(learn, run)
     print(f"{run}: {interp.accuracy:.2%} of {len(interp.targs):,} images right; pictures and report.md written")

@@ -1,5 +1,6 @@
 """The one place where a Learner is built: model, optimiser, loss, precision, callbacks; and how its LRs are found."""
 
+import math
 import tempfile
 import time
 from datetime import datetime, timedelta
@@ -48,7 +49,8 @@ class EpochRecorder(Recorder):
     """fastai's Recorder with a row (epoch from 1, lr, train loss and accuracy, valid loss and accuracy) per epoch.
 
     The train loss is the mean over the epoch, not the smoothed one, so that it can be set beside the valid loss.
-    `step_losses` holds the loss of each step, `seconds` the duration of each epoch.
+    `step_losses` holds the loss of each step, `seconds` the duration of each epoch. An epoch that is skipped, because
+    it was trained before (`start_epoch`), leaves no row.
     """
 
     name = "recorder"
@@ -66,7 +68,10 @@ class EpochRecorder(Recorder):
 
     def before_epoch(self):
         super().before_epoch()
-        self.log = L(self.epoch + 1)
+        self.log, self.skipped = L(self.epoch + 1), False
+
+    def after_cancel_epoch(self):
+        self.skipped = True
 
     def before_train(self):
         for metric in self._train_mets:
@@ -85,8 +90,9 @@ class EpochRecorder(Recorder):
         super().after_train()
 
     def after_epoch(self):
-        self.seconds.append(time.time() - self.start_epoch)
-        super().after_epoch()
+        if not self.skipped:
+            self.seconds.append(time.time() - self.start_epoch)
+            super().after_epoch()
 
     @property
     def _train_mets(self):
@@ -129,6 +135,34 @@ class L1Penalty(Callback):
 
     def after_loss(self):
         self.learn.loss_grad = self.loss_grad + self.factor * sum(p.abs().sum() for p in self.model.parameters())
+
+
+class StopAtNaN(Callback):
+    """Raise `UserError` at the batch whose loss is no finite number, before anything is made of it."""
+
+    order, run_valid = Recorder.order + 1, False
+    EVERY = 50  # steps between two looks on a GPU, which has to finish its work for each
+
+    def after_batch(self):
+        if self.loss.device.type == "cpu" or self.iter % self.EVERY == 0:
+            self.look()
+
+    def after_train(self):
+        self.look()
+
+    def after_validate(self):
+        self.look()
+
+    def look(self):
+        loss = self.loss.item()
+        if not math.isfinite(loss):
+            finite = torch.stack(self.recorder.step_losses).isfinite().tolist()
+            step = finite.index(False) if False in finite else len(finite) - 1
+            epoch, batch = divmod(step, len(self.dls.train))
+            raise UserError(
+                f"the loss became {loss:g} in epoch {epoch + 1}, batch {batch + 1} of {len(self.dls.train)}, at a"
+                f" learning rate of {self.recorder.lrs[step]:.2g}; train again with a lower --lr_max"
+            )
 
 
 class TimeEstimate(Callback):

@@ -1,26 +1,71 @@
-"""A run's folder: its name, config, history, metrics and weights. Every file in it is written whole or not at all."""
+"""A run's folder: its name, config, history, metrics, weights and checkpoints; how a run that was stopped goes on."""
 
 import csv
 import io
 import json
 import os
 import platform
+import random
+import shlex
+import shutil
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
-from fastai.vision.all import Callback, DataLoaders, Learner, ProgressCallback
+from fastai.vision.all import Callback, DataLoaders, L, Learner, ProgressCallback
 from matplotlib import pyplot as plt
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
+from data import DEVICES, VALIDS
 from errors import UserError
-from learner import get_learner
+from files import Damaged, NotWritten, held, load_tensors, save_tensors, write
+from learner import PRECISIONS, get_learner
+from model import NORMS
 
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
+CHECKPOINTS = 2  # that are kept, so that there is another one if the newest is damaged
+
+
+# ---- Options -------------------------------------------------------------------------------------------------------
+
+WORDS = {"valid": VALIDS, "norm": NORMS, "precision": PRECISIONS, "device": DEVICES}
+ABOVE_ZERO = {"epochs": int, "peak_epoch": float, "batch_size": int, "width": int, "lr_max": float, "lr_min": float}
+ZERO_OR_MORE = {"clip": float, "l1": float, "seed": int}
+CHOSEN_LATER = {"epochs", "peak_epoch", "batch_size", "lr_max", "lr_min"}  # where they aren't given
+MAX_SEED = 2**32 - 1  # NumPy's
+
+
+def check_options(options: dict):
+    """Raise `UserError` for the first of train.py's options that can't be; `None` stands for one not yet chosen."""
+    for name, words in WORDS.items():
+        if options[name] not in words:
+            raise UserError(f"{name} is {options[name]!r}; it must be one of {', '.join(words)}")
+    for name, kind in (ABOVE_ZERO | ZERO_OR_MORE).items():
+        value = options[name]
+        if value is None and name in CHOSEN_LATER:
+            continue
+        if not isinstance(value, (int, kind)) or isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}; it must be a number")
+        if not 0 <= value < float("inf") or (value == 0 and name in ABOVE_ZERO):
+            raise UserError(f"{name} is {value}; it must be {'above 0' if name in ABOVE_ZERO else '0 or more'}")
+    if options["seed"] > MAX_SEED:
+        raise UserError(f"seed is {options['seed']}; it must be at most {MAX_SEED}")
+    epochs, peak_epoch = options["epochs"], options["peak_epoch"]
+    if epochs and peak_epoch and peak_epoch > epochs:
+        raise UserError(f"peak_epoch is {peak_epoch:g}; it must be at most the number of epochs, {epochs}")
+    lr_min, lr_max = options["lr_min"], options["lr_max"]
+    if lr_min and lr_max and lr_min > lr_max:
+        raise UserError(f"lr_min ({lr_min:g}) is above lr_max ({lr_max:g}); give a lower --lr_min or a higher --lr_max")
+
+
+# ---- The folder ----------------------------------------------------------------------------------------------------
 
 
 def new_run(runs_dir: str | Path, name: str | None, data: str, recipe: str) -> Path:
@@ -28,10 +73,7 @@ def new_run(runs_dir: str | Path, name: str | None, data: str, recipe: str) -> P
 
     Raises `UserError` for a name that is taken or no plain folder name, and for a `runs_dir` that can't be written to.
     """
-    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
-        raise UserError(
-            f"name is {name!r}; it must be a plain folder name, without slashes, that doesn't begin with a dot"
-        )
+    check_name(name)
     base = name or f"{datetime.now():%Y%m%d-%H%M%S}-{data}-{recipe}"
     for attempt in range(1, 1000):
         run = Path(runs_dir) / (base if attempt == 1 else f"{base}-{attempt}")
@@ -46,18 +88,38 @@ def new_run(runs_dir: str | Path, name: str | None, data: str, recipe: str) -> P
     raise UserError(f"{runs_dir} holds a thousand runs of this second; choose a --name")
 
 
-def write(path: Path, content: str | bytes):
-    """Write `path` whole or not at all: a reader never sees a part of it, not even after a power failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+def check_name(name: str | None):
+    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+        raise UserError(
+            f"name is {name!r}; it must be a plain folder name, without slashes, that doesn't begin with a dot"
+        )
+
+
+def find_run(run: str | Path, runs_dir: str | Path) -> Path:
+    """The folder of a run that was begun; `"last"` is the one in `runs_dir` that was begun last."""
+    if run == "last":
+        configs = sorted(Path(runs_dir).glob("*/config.json"), key=lambda config: config.stat().st_mtime)
+        if not configs:
+            raise UserError(f"{runs_dir} holds no run; give --resume a run's folder, or its --runs_dir")
+        run = configs[-1].parent
+    read_config(run)
+    return Path(run)
+
+
+def read_config(run: str | Path) -> dict:
+    """config.json of a run that was begun. Raises `UserError` for a folder without one, or with something else."""
+    config = Path(run) / "config.json"
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        content = json.loads(config.read_text())
+        options = content["options"]
+        if not isinstance(content["data"]["sha256"], str) or not isinstance(options["data"], str):
+            raise TypeError("data is no text")
+        check_options(options)
+        return content
+    except OSError:
+        raise UserError(f"{run} is not the folder of a run: it has no config.json that can be read") from None
+    except (LookupError, TypeError, ValueError, RecursionError) as reason:
+        raise UserError(f"{config} is not the config of a run ({type(reason).__name__}: {reason})") from None
 
 
 def save_figure(path: Path):
@@ -115,9 +177,12 @@ def surroundings() -> dict:
     }
 
 
+# ---- Weights -------------------------------------------------------------------------------------------------------
+
+
 def save_weights(model: nn.Module, path: Path):
     """The model's parameters and buffers as safetensors, in the usual contiguous layout."""
-    write(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}))
+    save_tensors(path, model.state_dict())
 
 
 def load_run(run: str | Path, dls: DataLoaders) -> Learner:
@@ -127,39 +192,137 @@ def load_run(run: str | Path, dls: DataLoaders) -> Learner:
     don't fit the net.
     """
     config = read_config(run)
-    options, table = config["options"], dls.train.table
-    if table.hash != config["data"]["sha256"]:
-        raise UserError(f"the images in {table.folder} are not those of {run}: they have changed since it was trained")
-    learn = get_learner(dls, norm=options["norm"], path=run)
-    weights = Path(run) / "model.safetensors"
+    check_data(run, config, dls)
+    options, weights = config["options"], Path(run) / "model.safetensors"
+    learn = get_learner(dls, norm=options["norm"], width=options["width"], path=run)
     try:
-        learn.model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as reason:
-        raise UserError(f"{weights} doesn't hold the weights of this net: {str(reason).splitlines()[0]}") from None
+        learn.model.load_state_dict(load_tensors(weights)[0])
+    except FileNotFoundError:
+        raise UserError(f"{run} is not the folder of a finished run: it has no {weights.name}") from None
+    except RuntimeError as reason:
+        raise UserError(f"{weights} doesn't hold the weights of this net: {one_line(reason)}") from None
     return learn
 
 
-def read_config(run: str | Path) -> dict:
-    """config.json of a run. Raises `UserError` for a folder that is not a finished run."""
-    run = Path(run)
-    for file in ("config.json", "model.safetensors"):
-        if not (run / file).is_file():
-            raise UserError(f"{run} is not the folder of a finished run: it has no {file}")
-    try:
-        return json.loads((run / "config.json").read_text())
-    except ValueError as reason:
-        raise UserError(f"config.json in {run} is not JSON ({reason})") from None
+def one_line(reason: Exception) -> str:
+    return " ".join(str(reason).split())[:200]
+
+
+def check_data(run: str | Path, config: dict, dls: DataLoaders):
+    """Raise `UserError` unless `dls` hold the images that the run was begun with."""
+    table = dls.train.table
+    if table.hash != config["data"]["sha256"]:
+        raise UserError(f"the images in {table.folder} are not those of {run}: they have changed since it was begun")
+
+
+# ---- Going on ------------------------------------------------------------------------------------------------------
+
+
+def resume_command(run: Path) -> str:
+    """What to type to go on with `run`."""
+    python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+    if python.startswith(".." + os.sep):
+        python = sys.executable
+    return shlex.join([python, sys.argv[0], "--resume", str(run)])
+
+
+@contextmanager
+def held_run(run: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; whatever stops it, say how to go on.
+
+    Raises `UserError` if another process is training this run.
+    """
+    with held(run):
+        for part in run.rglob(".*.part"):  # what a process left that was killed while it wrote
+            part.unlink()
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            raise type(stopped)(f"; to go on: {resume_command(run)}") from None
+        except NotWritten as full:
+            raise UserError(f"{full}, then go on: {resume_command(run)}") from None
+
+
+def capture(learn: Learner) -> tuple[dict[str, Tensor], dict]:
+    """Everything that the rest of a training depends on, and its history so far, as tensors and as JSON."""
+    recorder, loaders = learn.recorder, (learn.dls.train, learn.dls.valid)
+    tensors = {f"model.{name}": value for name, value in learn.model.state_dict().items()}
+    for index, values in learn.opt.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items() if value is not None}
+    tensors["torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    tensors["lrs"] = torch.tensor(recorder.lrs, dtype=torch.float64)
+    tensors["losses"] = torch.stack(recorder.step_losses) if recorder.step_losses else torch.empty(0)
+    kind, key, *rest = np.random.get_state()
+    state = dict(
+        epochs=len(recorder.values),
+        python=random.getstate(),
+        numpy=[kind, key.tolist(), *rest],
+        loaders=[loader.rng.getstate() for loader in loaders],
+        scaler=learn.scaler.state_dict() if getattr(learn, "scaler", None) else {},  # fp16 only
+        values=[list(row) for row in recorder.values],
+        seconds=recorder.seconds,
+        train_seconds=recorder.train_seconds,
+    )
+    return tensors, state
+
+
+def restore(learn: Learner, tensors: dict[str, Tensor], state: dict):
+    """Put a Learner with its optimiser into the state that `capture` saw."""
+    prefix = "model."
+    learn.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    optimizer, parameters = learn.opt.state_dict(), [p for group in learn.opt.param_lists for p in group]
+    optimizer["state"] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            like = parameters[int(index)]  # in its memory layout, too
+            optimizer["state"].setdefault(int(index), {})[name] = torch.empty_like(like).copy_(value)
+    learn.opt.load_state_dict(optimizer)
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    random.setstate(python_state(state["python"]))
+    np.random.set_state(tuple(state["numpy"]))
+    for loader, position in zip((learn.dls.train, learn.dls.valid), state["loaders"], strict=True):
+        loader.rng.setstate(python_state(position))
+    if state["scaler"]:
+        learn.scaler.load_state_dict(state["scaler"])
+    recorder = learn.recorder
+    recorder.lrs = tensors["lrs"].tolist()
+    recorder.step_losses = list(tensors["losses"].to(learn.dls.device))
+    recorder.values, recorder.seconds = [L(row) for row in state["values"]], state["seconds"]
+    recorder.train_seconds = state["train_seconds"]
+
+
+def python_state(position: list) -> tuple:
+    """JSON has no tuples, and `random` takes nothing else."""
+    kind, numbers, gauss = position
+    return kind, tuple(numbers), gauss
 
 
 class RunLog(Callback):
-    """After each epoch, write history.csv (a row an epoch) and batches.csv (a row a step) into the run's folder."""
+    """After each epoch, write a checkpoint, history.csv (a row an epoch) and batches.csv (a row a step).
 
-    order = ProgressCallback.order + 1
+    `begun` is the time at which the run would have begun without interruptions, `lrs` what the LR finder found.
+    """
 
-    def __init__(self, run: Path):
-        self.run_folder = run
+    order = ProgressCallback.order + 20  # after fastai has skipped the epochs that are done already
+
+    def __init__(self, run: Path, begun: float, lrs: dict[str, float], resumed: tuple | None = None):
+        self.run_folder, self.begun, self.found, self.resumed = run, begun, lrs, resumed
+
+    def before_epoch(self):
+        if self.resumed:
+            restore(self.learn, *self.resumed)
+            self.resumed = None
+        elif self.epoch == 0:
+            self.save()
 
     def after_epoch(self):
+        if self.recorder.skipped:
+            return
         recorder, steps = self.recorder, len(self.dls.train)
         epochs = [
             (epoch, *values, round(seconds, 3))
@@ -171,3 +334,37 @@ class RunLog(Callback):
             (step + 1, step // steps + 1, float(lr), loss) for step, (lr, loss) in enumerate(zip(recorder.lrs, losses))
         ]
         write_csv(self.run_folder / "batches.csv", ["step", "epoch", "lr", "loss"], batches)
+        self.save()
+
+    def save(self):
+        tensors, state = capture(self.learn)
+        folder = self.run_folder / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        save_tensors(
+            folder / f"epoch-{state['epochs']:05}.safetensors",
+            tensors, **state, **self.found, elapsed=time.time() - self.begun,
+        )  # fmt: skip
+        for old in checkpoints(self.run_folder)[CHECKPOINTS:]:
+            old.unlink()
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((run / "checkpoints").glob("epoch-*.safetensors"), reverse=True)
+
+
+def last_checkpoint(run: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """The newest checkpoint that is whole; `None` where the run had come to none yet.
+
+    A damaged one is named. Raises `UserError` where all are damaged.
+    """
+    damaged = []
+    for checkpoint in checkpoints(run):
+        try:
+            return load_tensors(checkpoint)
+        except Damaged as damage:
+            print(damage)
+            damaged.append(checkpoint.name)
+    if damaged:
+        raise UserError(f"no checkpoint in {run} is whole ({', '.join(damaged)}); start a new run")
+    return None

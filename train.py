@@ -9,31 +9,130 @@
 """
 
 import time
+from argparse import SUPPRESS, ArgumentParser
+from pathlib import Path
 from typing import Annotated
 
-from fastai.vision.all import set_seed
+from fastai.vision.all import Learner, set_seed
 from fastcore.script import call_parse
 
-from data import VALIDS, get_dls
+from data import DEVICES, VALIDS, get_dls
 from errors import UserError, command_line
 from interpret import interpret, per_class_accuracy, plot_lr_curve
-from learner import PRECISIONS, SWEEP, TimeEstimate, find_lrs, get_learner
+from learner import PRECISIONS, SWEEP, StopAtNaN, TimeEstimate, find_lrs, get_learner
 from model import NORMS
-from runs import RunLog, at_home, new_run, save_figure, save_weights, surroundings, write, write_csv, write_json
+from runs import (
+    RunLog,
+    at_home,
+    check_data,
+    check_name,
+    check_options,
+    find_run,
+    held_run,
+    last_checkpoint,
+    new_run,
+    read_config,
+    restore,
+    save_figure,
+    save_weights,
+    surroundings,
+    write,
+    write_csv,
+    write_json,
+)
 
 RECIPE = "assignment"  # one cycle over 24 epochs with RandomCrop → FlipLR → Cutout, as the assignment asks
 EPOCHS, PEAK_EPOCH = 24, 5  # the assignment's
 DIGITS_EPOCHS = 6  # enough for the digits, which are there to try everything out in minutes
 
 
-def check_order(lr_min: float, lr_max: float):
-    if lr_min > lr_max:
-        raise UserError(f"lr_min ({lr_min:g}) is above lr_max ({lr_max:g}); give a lower --lr_min or a higher --lr_max")
-
-
 def choices(values) -> dict:
     """How `call_parse` is told the values that an option can take."""
     return {"choices": list(values)}
+
+
+def train(learn: Learner, run: Path, config: dict, started: float):
+    """Train in the folder `run`, from its last checkpoint if there is one, and show what was learned."""
+    options, images = config["options"], learn.dls.train.table
+    epochs, peak_epoch, annihilate = options["epochs"], options["peak_epoch"], options["annihilate"]
+    print(f"{images.name}: {len(learn.dls.train_ds):,} images to train on, {len(learn.dls.valid_ds):,} to validate"
+          f" ({options['valid']}); {run}")  # fmt: skip
+    learn.path = run
+    if checkpoint := last_checkpoint(run):
+        state = checkpoint[1]
+        lr_min, lr_max, done, started = state["lr_min"], state["lr_max"], state["epochs"], started - state["elapsed"]
+        print(f"Going on after epoch {done} of {epochs}")
+        learn.add_cb(TimeEstimate(epochs - done))
+    else:
+        done = 0
+        write(run / "summary.txt", f"{learn.summary()}\n")
+        learn.add_cb(TimeEstimate(epochs, sweep=0 if options["lr_max"] else SWEEP["num_it"]))
+        lr_min, lr_max = choose_lrs(learn, run, options)
+        write_json(run / "config.json", config | {"lr_min": lr_min, "lr_max": lr_max})
+
+    print(f"One cycle: {epochs} epochs, learning rate {lr_min:.2g} → {lr_max:.2g} at epoch {peak_epoch:g} → "
+          f"{0 if annihilate else lr_min:.2g}, {learn.precision}")  # fmt: skip
+    div = lr_max / lr_min
+    if done == epochs:  # only its last files and pictures are missing
+        learn.create_opt()
+        restore(learn, *checkpoint)
+    else:
+        learn.fit_one_cycle(
+            epochs,
+            lr_max,
+            div=div,
+            div_final=1e5 if annihilate else div,  # the assignment: no annihilation, so it ends where it began
+            pct_start=peak_epoch / epochs,
+            cbs=[StopAtNaN(), RunLog(run, started, {"lr_min": lr_min, "lr_max": lr_max}, checkpoint)],
+            start_epoch=done,
+        )
+    save_weights(learn.model, run / "model.safetensors")
+    training = learn.recorder.train_seconds  # without validation
+
+    interp = interpret(learn, run)
+    metrics = dict(
+        accuracy=interp.accuracy,
+        loss=interp.losses.mean().item(),
+        epochs=epochs,
+        seconds=time.time() - started,  # without the time between a stop and going on
+        seconds_training=training,
+        images_per_second=epochs * len(learn.dls.train) * learn.dls.bs / training,
+        per_class_accuracy=per_class_accuracy(interp),
+    )
+    write_json(run / "metrics.json", metrics)
+    print(f"{images.name}: {interp.accuracy:.2%} of {len(interp.targs):,} images right. Figures and pictures: {run}")
+
+
+def choose_lrs(learn: Learner, run: Path, options: dict) -> tuple[float, float]:
+    """`(lr_min, lr_max)`: as given, or as found by a sweep that is written and drawn into the run's folder."""
+    lr_min, lr_max = options["lr_min"], options["lr_max"]
+    if lr_max is None:
+        print(f"LR finder: {SWEEP['num_it']} steps with rates from {SWEEP['start_lr']:g} to {SWEEP['end_lr']:g}")
+        curve = find_lrs(learn)
+        write_csv(run / "lr_find.csv", ["lr", "loss"], zip(curve.lrs, curve.losses, strict=True))
+        plot_lr_curve(curve)
+        save_figure(run / "lr_find.png")
+        lr_max, lr_min = curve.lr_max, lr_min or curve.lr_min
+    lr_min = lr_min or lr_max / 100
+    check_options(options | {"lr_min": lr_min, "lr_max": lr_max})
+    return lr_min, lr_max
+
+
+def options_to_resume(run: Path, name: str | None, options: dict) -> dict:
+    """The options of a run that was begun. Raises `UserError` for one typed beside --resume that would change it."""
+    begun = read_config(run)["options"]
+    parser = ArgumentParser(argument_default=SUPPRESS)
+    for option in options:
+        parser.add_argument("--" + option.replace("_", "-"), nargs="?")
+    for option in vars(parser.parse_known_args()[0]):
+        if option != "data" and options[option] != begun[option]:  # the images themselves are compared later
+            raise UserError(
+                f"{run} was begun with {option} {begun[option]}, which a resumed run keeps; leave out"
+                f" --{option}, or start a new run"
+            )
+    if name is not None:
+        raise UserError("a resumed run keeps its name; leave out --name")
+    return begun | ({"data": options["data"]} if options["data"] != "auto" else {})
 
 
 @call_parse
@@ -48,82 +147,53 @@ def main(
     lr_min: float = None,  # learning rate to start and to end with (default: found; a hundredth of a given lr_max)
     annihilate: bool = False,  # end with a learning rate near zero instead of lr_min
     norm: Annotated[str, choices(NORMS)] = "batch",  # kind of all normalisation layers
+    width: int = 64,  # channels of the first layer; fewer make a small net that trains in no time
     precision: Annotated[str, choices(PRECISIONS)] = "auto",  # number format of the convolutions; auto is the fastest
+    device: Annotated[str, choices(DEVICES)] = "auto",  # what computes; auto is the fastest
     clip: float = 0.0,  # limit for each value of the gradient, 0 for none; the assignment's notebook has 0.1
     l1: float = 0.0,  # factor of an L1 penalty on all parameters
     seed: int = 42,  # of every random choice: the same seed on the same machine gives the same weights
     runs_dir: str = "runs",  # folder that holds the runs
     name: str = None,  # of this run's folder (default: <date>-<time>-<data>-<recipe>)
+    resume: str = None,  # go on with a run that was stopped: its folder, or last
 ):
     "Train the assignment's ResNet with the one-cycle policy; leave a folder of figures and pictures."
-    for option, value in {"epochs": epochs, "batch_size": batch_size, "lr_max": lr_max, "lr_min": lr_min}.items():
-        if value is not None and not value > 0:
-            raise UserError(f"{option} is {value}; it must be above 0")
-    if lr_min and lr_max:
-        check_order(lr_min, lr_max)
-    started = time.time()
-    set_seed(seed, reproducible=True)
-
-    dls = get_dls(data, batch_size, valid)
-    images = dls.train.table
-    epochs = epochs or (DIGITS_EPOCHS if images.is_digits else EPOCHS)
-    peak_epoch = epochs * PEAK_EPOCH / EPOCHS if peak_epoch is None else peak_epoch
-    if not 0 < peak_epoch <= epochs:
-        raise UserError(f"peak_epoch is {peak_epoch:g}; it must be above 0 and at most the number of epochs, {epochs}")
-    if not len(dls.train):
-        raise UserError(f"batch_size is {batch_size}, more than the {len(dls.train_ds):,} training images; lower it")
-    learn = get_learner(dls, norm, precision=precision, clip=clip, l1=l1)
-
-    run = learn.path = new_run(runs_dir, name, images.name, RECIPE)
-    print(
-        f"{images.name}: {len(dls.train_ds):,} images to train on, {len(dls.valid_ds):,} to validate ({valid}); {run}"
-    )
-    write(run / "summary.txt", f"{learn.summary()}\n")
-
-    learn.add_cb(TimeEstimate(epochs, sweep=0 if lr_max else SWEEP["num_it"]))
-    if lr_max is None:
-        print(f"LR finder: {SWEEP['num_it']} steps with rates from {SWEEP['start_lr']:g} to {SWEEP['end_lr']:g}")
-        curve = find_lrs(learn)
-        write_csv(run / "lr_find.csv", ["lr", "loss"], zip(curve.lrs, curve.losses, strict=True))
-        plot_lr_curve(curve)
-        save_figure(run / "lr_find.png")
-        lr_max, lr_min = curve.lr_max, lr_min or curve.lr_min
-    lr_min = lr_min or lr_max / 100
-    check_order(lr_min, lr_max)
-
     options = dict(
-        data=at_home(images.source), valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=dls.bs,
-        lr_max=lr_max, lr_min=lr_min, annihilate=annihilate, norm=norm, precision=learn.precision, clip=clip, l1=l1,
-        seed=seed,
+        data=data, valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=batch_size, lr_max=lr_max,
+        lr_min=lr_min, annihilate=annihilate, norm=norm, width=width, precision=precision, device=device, clip=clip,
+        l1=l1, seed=seed,
     )  # fmt: skip
-    data_set = dict(
-        name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab), sha256=images.hash
-    )
-    write_json(run / "config.json", dict(recipe=RECIPE, options=options, data=data_set, **surroundings()))
+    check_options(options)
+    check_name(name)
+    run = None
+    if resume is not None:
+        run = find_run(resume, runs_dir)
+        options = options_to_resume(run, name, options)
+        if (run / "metrics.json").is_file():
+            print(f"{run} is finished, there is nothing to go on with")
+            return
+    started = time.time()
+    set_seed(options["seed"], reproducible=True)
 
-    print(f"One cycle: {epochs} epochs, learning rate {lr_min:.2g} → {lr_max:.2g} at epoch {peak_epoch:g} → "
-          f"{0 if annihilate else lr_min:.2g}, {learn.precision}")  # fmt: skip
-    div = lr_max / lr_min
-    learn.fit_one_cycle(
-        epochs,
-        lr_max,
-        div=div,
-        div_final=1e5 if annihilate else div,  # the assignment: no annihilation, so it ends where it began
-        pct_start=peak_epoch / epochs,
-        cbs=RunLog(run),
-    )
-    save_weights(learn.model, run / "model.safetensors")
-    training = learn.recorder.train_seconds  # without validation
+    dls = get_dls(options["data"], options["batch_size"], options["valid"], options["device"])
+    images = dls.train.table
+    if not len(dls.train):
+        raise UserError(f"batch_size is {dls.bs}, more than the {len(dls.train_ds):,} training images; lower it")
+    epochs = options["epochs"] or (DIGITS_EPOCHS if images.is_digits else EPOCHS)
+    if options["peak_epoch"] is None:
+        options["peak_epoch"] = epochs * PEAK_EPOCH / EPOCHS
+    options |= dict(data=at_home(images.source), epochs=epochs, batch_size=dls.bs)
+    check_options(options)
+    learn = get_learner(dls, *(options[name] for name in ("norm", "width", "precision", "clip", "l1")))
+    options["precision"] = learn.precision
 
-    interp = interpret(learn, run)
-    metrics = dict(
-        accuracy=interp.accuracy,
-        loss=interp.losses.mean().item(),
-        epochs=epochs,
-        seconds=time.time() - started,
-        seconds_training=training,
-        images_per_second=epochs * len(dls.train) * dls.bs / training,
-        per_class_accuracy=per_class_accuracy(interp),
-    )
-    write_json(run / "metrics.json", metrics)
-    print(f"{images.name}: {interp.accuracy:.2%} of {len(interp.targs):,} images right. Figures and pictures: {run}")
+    if run is None:
+        run = new_run(runs_dir, name, images.name, RECIPE)
+        data_set = dict(name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab))
+        config = dict(recipe=RECIPE, options=options, data=data_set | {"sha256": images.hash}, **surroundings())
+        write_json(run / "config.json", config)
+    else:
+        config = read_config(run)
+        check_data(run, config, dls)
+    with held_run(run):
+        train(learn, run, config, started)

@@ -1,0 +1,117 @@
+"""Is a run that is killed and resumed the same as one that isn't? `python benchmarks/kill.py --out results/kill.json`
+
+Trains one run undisturbed. Then trains others with the same options, each of which is killed with SIGKILL at a random
+moment of a random step of a phase, every second one a second time, and resumed. At the end the weights of all must be
+equal to the last byte, and what was found and logged as well, apart from times.
+"""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from fastai.vision.all import Learner
+from fastcore.script import call_parse
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import files  # noqa: E402
+import interpret  # noqa: E402
+import train  # noqa: E402
+from runs import read_csv, surroundings, write_json  # noqa: E402
+
+OPTIONS = {"data": "digits", "width": 8, "epochs": 2}
+EPOCH_STEPS, EPOCH_VALID_STEPS = 22, 6  # of the digits in batches of 64
+
+
+def trains(learn: Learner) -> bool:
+    return learn.training and not hasattr(learn, "lr_finder")
+
+
+# What is called at each step of a phase, which of its calls are meant, how many there are in a run, and how many
+# seconds one lasts at most, about.
+PHASES = {
+    "LR finder": (Learner, "one_batch", lambda learn, *_: hasattr(learn, "lr_finder"), 50, 0.1),
+    "training": (Learner, "one_batch", lambda learn, *_: trains(learn), 2 * EPOCH_STEPS, 0.1),
+    "validation": (Learner, "one_batch", lambda learn, *_: not learn.training, 2 * EPOCH_VALID_STEPS, 0.05),
+    "writing a checkpoint": (files, "write", lambda path, *_: path.parent.name == "checkpoints", 3, 0.03),
+    "drawing pictures": (interpret, "save_figure", lambda *_: True, 4, 0.5),
+}  # fmt: skip
+
+
+def die(phase: str, step: int, delay: float, options: dict):
+    """Train, and be killed `delay` seconds after the beginning of the phase's `step`-th step."""
+    owner, name, meant, *_ = PHASES[phase]
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def watched(*args, **kwargs):
+        if meant(*args) and next(calls) == step:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, watched)
+    train.main(**options)
+
+
+def command(*arguments) -> int:
+    """Run a Python program of ours without its output; its exit status, negative for a signal."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode not in (0, -signal.SIGKILL):
+        sys.exit(done.stderr.decode())
+    return done.returncode
+
+
+def outcome(run: Path) -> list:
+    """What must be the same in every run."""
+    history = read_csv(run / "history.csv")
+    del history["seconds"]
+    same = [(run / name).read_bytes() for name in ("model.safetensors", "batches.csv", "lr_find.csv", "report.md")]
+    return [*same, history]
+
+
+@call_parse
+def main(
+    runs: int = 20,  # runs to kill
+    seed: int = 0,  # of the phases and moments
+    out: str = "",  # JSON file for the record
+    victim: str = "",  # for the program's own use
+):
+    "Kill runs at random moments, resume them, and compare them with one that ran undisturbed."
+    if victim:
+        die(**json.loads(victim))
+        return
+    rng = random.Random(seed)
+    record = []
+    with tempfile.TemporaryDirectory() as runs_dir:
+        options = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+        command(ROOT / "train.py", *options, "--runs_dir", runs_dir, "--name", "undisturbed")
+        expected = outcome(Path(runs_dir) / "undisturbed")
+        for number in range(runs):
+            run, kills = Path(runs_dir) / f"{number:02}", []
+            todo = OPTIONS | {"runs_dir": runs_dir, "name": run.name}
+            for kill in range(1 + number % 2):
+                phase = list(PHASES)[number % len(PHASES)] if kill == 0 else rng.choice(list(PHASES))
+                *_, steps, seconds = PHASES[phase]
+                blow = dict(phase=phase, step=rng.randint(1, steps), delay=round(rng.uniform(0, seconds), 4))
+                status = command(__file__, "--victim", json.dumps(blow | {"options": todo}))
+                kills.append(blow | {"killed": status == -signal.SIGKILL})
+                todo = {"resume": str(run)}
+            command(ROOT / "train.py", "--resume", run)
+            identical = outcome(run) == expected
+            record.append({"kills": kills, "identical": identical})
+            print(f"run {number + 1}: {'identical' if identical else 'DIFFERENT'} after {kills}", flush=True)
+    killed, same = (sum(map(count, record)) for count in (
+        lambda run: any(kill["killed"] for kill in run["kills"]), lambda run: run["identical"],
+    ))  # fmt: skip
+    print(f"{killed} of {runs} runs were killed; {same} of {runs} are identical to the undisturbed one")
+    if out:
+        write_json(Path(out), {"runs": runs, "killed": killed, "identical": same, "record": record, **surroundings()})
+    if same < runs:
+        sys.exit(1)
