@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import fastai.data
@@ -267,8 +268,8 @@ def pixels_of(item) -> np.ndarray:
 
 
 def printable(item) -> str:
-    """`item` on one line."""
-    return str(item) if str(item).isprintable() else repr(str(item))
+    """`item` on one line, and without bytes that are no letters in any alphabet."""
+    return str(item) if str(item).isprintable() else repr(str(item))[1:-1]
 
 
 def visible(folder) -> list[os.DirEntry]:
@@ -285,13 +286,14 @@ def decode(items) -> np.ndarray:
 class ImageTable:
     """All images of a folder: `files[i]` decodes to `pixels[i]`, uint8 `(N, 3, 32, 32)`.
 
-    Decoding runs on all cores, once: the pixels are cached beside fastai's data in a file that is written whole or not
-    at all, and made anew when a name, size or time in the folder changes or the cache's own checksum doesn't fit.
+    They are decoded on all cores, when they are first asked for, and once: they are cached beside fastai's data in a
+    file that is written whole or not at all, and made anew when a name, size or time in the folder changes or the
+    cache's own checksum doesn't fit.
     `hash` is the SHA-256 of the pixels and of each image's split and class.
     """
 
     def __init__(self, folder: Path, source: str = ""):
-        self.folder, self.name, self.source = folder, folder.name, source or str(folder)
+        self.folder, self.name, self.source = folder, printable(folder.name), source or str(folder)
         self.is_digits = folder == fastai_path("data") / "digits"
         self.splits = ["train", *[name for name in VALID_NAMES if (folder / name).is_dir()][:1]]
         self.files, self.split, self.labels, listing = [], [], [], []
@@ -313,7 +315,6 @@ class ImageTable:
         self.row = {file: row for row, file in enumerate(self.files)}
         self.fingerprint = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()
         self.cache = fastai_path("data") / "decoded" / f"{folder.name}-{short_hash(folder)}.safetensors"
-        self.pixels, self.hash = self.load() or self.build()
 
     def check_classes(self):
         """Raise `UserError` for classes that can't be learned."""
@@ -330,6 +331,18 @@ class ImageTable:
                 f"{self.folder}/{self.splits[1]} has images of {printable(', '.join(unknown))}, and train has none;"
                 " add some there, or remove these"
             )
+
+    @cached_property
+    def decoded(self) -> tuple[Tensor, str]:
+        return self.load() or self.build()
+
+    @property
+    def pixels(self) -> Tensor:
+        return self.decoded[0]
+
+    @property
+    def hash(self) -> str:
+        return self.decoded[1]
 
     def stats(self, rows) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over all pixels of the given images, in [0, 1].
@@ -363,7 +376,7 @@ class ImageTable:
     def build(self) -> tuple[Tensor, str]:
         chunks = list(chunked(self.files, 500))
         workers = os.cpu_count() if len(chunks) > 8 else 0  # starting processes takes longer than a few chunks
-        print(f"Decoding {len(self.files):,} images of {printable(self.folder.name)}, once …")
+        print(f"Decoding {len(self.files):,} images of {self.name}, once …")
         decoded = parallel(decode, chunks, n_workers=workers, progress=True)
         pixels = torch.from_numpy(np.ascontiguousarray(np.concatenate(decoded)))
         digest = self.checksum(pixels)

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import get_dls
+from data import get_dls, printable
 from errors import command_line
 from files import write
 from learner import LRCurve
@@ -75,6 +75,8 @@ class Interpretation(ClassificationInterpretation):
         self.preds, targs, losses = learn.get_preds(dl=learn.dls.valid, with_loss=True)
         self.targs, self.decoded = torch.as_tensor(targs), self.preds.argmax(dim=1)
         super().__init__(learn, learn.dls.valid, losses)
+        # As they are to be shown: to matplotlib, dollar signs begin a formula.
+        self.vocab = [printable(label).replace("$", r"\$") for label in learn.dls.vocab]
 
     def confusion_matrix(self) -> np.ndarray:
         return skm.confusion_matrix(self.targs, self.decoded, labels=range(len(self.vocab)))
@@ -229,16 +231,15 @@ def plot_confusion(interp: Interpretation):
 def per_class_accuracy(interp: Interpretation) -> dict[str, float | None]:
     """Class → the part of its images that were recognised; `None` for a class without images."""
     matrix = interp.confusion_matrix()
-    return {
-        str(label): matrix[i, i] / matrix[i].sum() if matrix[i].sum() else None for i, label in enumerate(interp.vocab)
-    }
+    return {label: matrix[i, i] / matrix[i].sum() if matrix[i].sum() else None for i, label in enumerate(interp.vocab)}
 
 
 def report(interp: Interpretation) -> str:
     """Accuracy, per-class accuracy and the most confused pairs as Markdown."""
     lines = [f"# {interp.accuracy:.2%} of {len(interp.targs):,} images right", ""]
     lines += ["| class | accuracy |", "| --- | ---: |"]
-    lines += [f"| {label} | {value:.1%} |" for label, value in per_class_accuracy(interp).items() if value is not None]
+    accuracies = zip(interp.vocab, per_class_accuracy(interp).values())
+    lines += [f"| {label} | {value:.1%} |" for label, value in accuracies if value is not None]
     lines += ["", "| actual | taken for | images |", "| --- | --- | ---: |"]
     lines += [
         f"| {actual} | {predicted} | {count} |" for actual, predicted, count in interp.most_confused(min_val=1)[:10]
@@ -270,6 +271,6 @@ def main(
     "Make the pictures and the report of a finished run again."
     config = read_config(run)
     options = config["options"]
-    learn = load_run(run, get_dls(*(options[name] for name in ("data", "batch_size", "valid", "device"))))
+    learn = load_run(run, get_dls(options["data"], options["batch_size"], options["valid"]))
     interp = interpret(learn, run)
     print(f"{run}: {interp.accuracy:.2%} of {len(interp.targs):,} images right; pictures and report.md written")

@@ -305,13 +305,14 @@ def python_state(position: list) -> tuple:
 class RunLog(Callback):
     """After each epoch, write a checkpoint, history.csv (a row an epoch) and batches.csv (a row a step).
 
-    `begun` is the time at which the run would have begun without interruptions, `lrs` what the LR finder found.
+    `begun` is the time at which the run would have begun without interruptions, `extra` what the checkpoints should
+    hold beside the Learner's state, `resumed` the checkpoint to go on from.
     """
 
     order = ProgressCallback.order + 20  # after fastai has skipped the epochs that are done already
 
-    def __init__(self, run: Path, begun: float, lrs: dict[str, float], resumed: tuple | None = None):
-        self.run_folder, self.begun, self.found, self.resumed = run, begun, lrs, resumed
+    def __init__(self, run: Path, begun: float, extra: dict, resumed: tuple | None = None):
+        self.run_folder, self.begun, self.extra, self.resumed = run, begun, extra, resumed
 
     def before_epoch(self):
         if self.resumed:
@@ -342,7 +343,7 @@ class RunLog(Callback):
         folder.mkdir(exist_ok=True)
         save_tensors(
             folder / f"epoch-{state['epochs']:05}.safetensors",
-            tensors, **state, **self.found, elapsed=time.time() - self.begun,
+            tensors, **state, **self.extra, elapsed=time.time() - self.begun,
         )  # fmt: skip
         for old in checkpoints(self.run_folder)[CHECKPOINTS:]:
             old.unlink()
@@ -353,18 +354,25 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("epoch-*.safetensors"), reverse=True)
 
 
-def last_checkpoint(run: Path) -> tuple[dict[str, Tensor], dict] | None:
+def last_checkpoint(run: Path, options: dict) -> tuple[dict[str, Tensor], dict] | None:
     """The newest checkpoint that is whole; `None` where the run had come to none yet.
 
-    A damaged one is named. Raises `UserError` where all are damaged.
+    A damaged one is named. Raises `UserError` where all are damaged, and for one made with other options.
     """
     damaged = []
     for checkpoint in checkpoints(run):
         try:
-            return load_tensors(checkpoint)
+            tensors, state = load_tensors(checkpoint)
         except Damaged as damage:
             print(damage)
             damaged.append(checkpoint.name)
+            continue
+        before = state.get("options", {}) | {"data": options["data"]}  # whose place may change
+        if before != options:
+            raise UserError(
+                f"{checkpoint} doesn't belong to this run: it was made with other options than config.json has"
+            )
+        return tensors, state
     if damaged:
         raise UserError(f"no checkpoint in {run} is whole ({', '.join(damaged)}); start a new run")
     return None

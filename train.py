@@ -18,6 +18,7 @@ from fastcore.script import call_parse
 
 from data import DEVICES, VALIDS, get_dls
 from errors import UserError, command_line
+from files import write
 from interpret import interpret, per_class_accuracy, plot_lr_curve
 from learner import PRECISIONS, SWEEP, StopAtNaN, TimeEstimate, find_lrs, get_learner
 from model import NORMS
@@ -36,7 +37,6 @@ from runs import (
     save_figure,
     save_weights,
     surroundings,
-    write,
     write_csv,
     write_json,
 )
@@ -58,7 +58,7 @@ def train(learn: Learner, run: Path, config: dict, started: float):
     print(f"{images.name}: {len(learn.dls.train_ds):,} images to train on, {len(learn.dls.valid_ds):,} to validate"
           f" ({options['valid']}); {run}")  # fmt: skip
     learn.path = run
-    if checkpoint := last_checkpoint(run):
+    if checkpoint := last_checkpoint(run, options):
         state = checkpoint[1]
         lr_min, lr_max, done, started = state["lr_min"], state["lr_max"], state["epochs"], started - state["elapsed"]
         print(f"Going on after epoch {done} of {epochs}")
@@ -83,7 +83,7 @@ def train(learn: Learner, run: Path, config: dict, started: float):
             div=div,
             div_final=1e5 if annihilate else div,  # the assignment: no annihilation, so it ends where it began
             pct_start=peak_epoch / epochs,
-            cbs=[StopAtNaN(), RunLog(run, started, {"lr_min": lr_min, "lr_max": lr_max}, checkpoint)],
+            cbs=[StopAtNaN(), RunLog(run, started, dict(options=options, lr_min=lr_min, lr_max=lr_max), checkpoint)],
             start_epoch=done,
         )
     save_weights(learn.model, run / "model.safetensors")
@@ -183,6 +183,8 @@ def main(
     if options["peak_epoch"] is None:
         options["peak_epoch"] = epochs * PEAK_EPOCH / EPOCHS
     options |= dict(data=at_home(images.source), epochs=epochs, batch_size=dls.bs)
+    if dls.device.type in DEVICES:
+        options["device"] = dls.device.type
     check_options(options)
     learn = get_learner(dls, *(options[name] for name in ("norm", "width", "precision", "clip", "l1")))
     options["precision"] = learn.precision

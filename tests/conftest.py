@@ -10,11 +10,10 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from commandline import ROOT  # noqa: E402, F401
 from PIL import Image  # noqa: E402
 
 from data import get_dls  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")

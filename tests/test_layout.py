@@ -7,13 +7,14 @@ from conftest import ROOT
 
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "model": set(),
     "augment": set(),
-    "data": {"errors", "augment"},
+    "data": {"errors", "files", "augment"},
     "learner": {"errors", "data", "model"},
-    "runs": {"errors", "learner"},
-    "interpret": {"errors", "data", "learner", "runs"},
-    "train": {"errors", "model", "augment", "data", "learner", "runs", "interpret"},
+    "runs": {"errors", "files", "model", "data", "learner"},
+    "interpret": {"errors", "files", "data", "learner", "runs"},
+    "train": {"errors", "files", "model", "augment", "data", "learner", "runs", "interpret"},
 }
 
 

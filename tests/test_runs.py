@@ -1,18 +1,18 @@
 import json
 import os
-import pickle
 import re
+import time
 
 import pytest
 import torch
 from conftest import ROOT
-from fastai.vision.all import set_seed
+from fastai.vision.all import Callback, set_seed
 
 from data import get_dls
-from errors import UserError
-from learner import get_learner
-from model import ResNet
-from runs import RunLog, load_run, new_run, read_config, read_csv, save_weights, surroundings, write, write_json
+from errors import Terminated, UserError
+from files import load_tensors, write
+from learner import StopAtNaN, get_learner
+from runs import RunLog, capture, checkpoints, held_run, last_checkpoint, new_run, read_csv, restore, surroundings
 
 
 def test_names(tmp_path):
@@ -54,60 +54,17 @@ def test_surroundings_name_versions_hardware_and_commit():
     json.dumps(found)
 
 
+# ---- Logs and checkpoints
+
+
 @pytest.fixture
-def run(tmp_path, shapes):
-    """A finished run without pictures."""
+def learn(shapes):
     set_seed(0)
-    learn = get_learner(get_dls(shapes, bs=16))
-    save_weights(learn.model, tmp_path / "model.safetensors")
-    data = {"sha256": learn.dls.train.table.hash}
-    write_json(tmp_path / "config.json", {"options": {"norm": "batch", "precision": "fp32"}, "data": data})
-    return tmp_path, learn
+    return get_learner(get_dls(shapes, bs=16), width=4, clip=1.0)
 
 
-def test_weights_come_back(run, shapes):
-    folder, learn = run
-    again = load_run(folder, get_dls(shapes, bs=16))
-    for name, value in learn.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value)
-
-
-def test_weights_are_never_unpickled(run, shapes, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "sprung"),))
-
-    folder, _ = run
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        load_run(folder, get_dls(shapes, bs=16))
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_weights_of_another_net(run, shapes):
-    folder, _ = run
-    save_weights(ResNet(width=8), folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        load_run(folder, get_dls(shapes, bs=16))
-
-
-def test_other_images_than_the_runs(run, digits):
-    with pytest.raises(UserError, match="have changed"):
-        load_run(run[0], digits)
-
-
-def test_folders_that_are_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="is not JSON"):
-        read_config(tmp_path)
-
-
-def test_log_has_a_row_an_epoch_and_a_row_a_step(tmp_path, shapes):
-    learn = get_learner(get_dls(shapes, bs=16), width=4)
-    learn.fit_one_cycle(2, 0.01, cbs=RunLog(tmp_path))
+def test_log_has_a_row_an_epoch_and_a_row_a_step(tmp_path, learn):
+    learn.fit_one_cycle(2, 0.01, cbs=RunLog(tmp_path, time.time(), {}))
     history, batches = read_csv(tmp_path / "history.csv"), read_csv(tmp_path / "batches.csv")
     assert list(history) == [
         "epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds",
@@ -117,6 +74,81 @@ def test_log_has_a_row_an_epoch_and_a_row_a_step(tmp_path, shapes):
     )
     assert history["train_loss"][1] == pytest.approx(sum(batches["loss"][3:]) / 3, rel=1e-5)
     assert batches["lr"] == pytest.approx([float(lr) for lr in learn.recorder.lrs])
+
+
+def state(learn) -> list:
+    """All that `capture` sees, as JSON brings it back."""
+    tensors, state = capture(learn)
+    return json.loads(json.dumps([{name: tensor.tolist() for name, tensor in tensors.items()}, state]))
+
+
+def test_the_last_two_checkpoints_are_kept_and_restore_everything(tmp_path, learn, shapes):
+    learn.fit_one_cycle(3, 0.01, cbs=RunLog(tmp_path, time.time(), {"options": {"data": ""}}))
+    after = state(learn)
+    assert [file.name for file in checkpoints(tmp_path)] == ["epoch-00003.safetensors", "epoch-00002.safetensors"]
+    other = get_learner(get_dls(shapes, bs=16), width=4)
+    other.fit_one_cycle(1, 0.1)
+    assert state(other) != after
+    restore(other, *last_checkpoint(tmp_path, {"data": ""}))
+    assert state(other) == after
+    strides = [
+        [values["momentum_buffer"].stride() for values in one.opt.state_dict()["state"].values()]
+        for one in (other, learn)
+    ]
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:9000] + b"~" + b[9001:], None])
+def test_damaged_checkpoints(tmp_path, learn, capsys, damage):
+    learn.fit_one_cycle(2, 0.01, cbs=RunLog(tmp_path, time.time(), {"options": {"data": ""}}))
+    newest, older = checkpoints(tmp_path)
+    if damage is None:
+        newest.unlink()
+    else:
+        newest.write_bytes(damage(newest.read_bytes()))
+    _, found = last_checkpoint(tmp_path, {"data": ""})
+    assert found["epochs"] == 1 and (damage is None or newest.name in capsys.readouterr().out)
+    older.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        last_checkpoint(tmp_path, {"data": ""})
+
+
+def test_scaled_gradients_go_on_as_they_were(learn, tmp_path):
+    """fp16 is for CUDA only, but the state of its scaler is in every checkpoint."""
+    learn.create_opt()
+    learn.recorder.before_fit()
+    learn.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    tensors, captured = capture(learn)
+    learn.scaler = torch.amp.GradScaler("cpu")
+    restore(learn, tensors, captured)
+    assert learn.scaler.get_scale() == 128
+
+
+def test_one_process_holds_a_run(tmp_path):
+    with held_run(tmp_path), pytest.raises(UserError, match="being trained by another process"), held_run(tmp_path):
+        pytest.fail("held twice")
+    with held_run(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, Terminated])
+def test_a_stop_names_the_command_to_go_on_with(tmp_path, interrupt):
+    with pytest.raises(interrupt, match=f"to go on: .* --resume {tmp_path}"), held_run(tmp_path):
+        raise interrupt
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path, learn, loss):
+    class Spoil(Callback):
+        def after_loss(self):
+            if self.training and self.epoch == 1 and self.iter == 1:
+                self.learn.loss_grad, self.learn.loss = self.loss_grad * loss, self.loss * loss
+
+    with pytest.raises(UserError, match=f"became {loss} in epoch 2, batch 2 of 3, at a learning rate of 0.0") as told:
+        learn.fit_one_cycle(3, 0.01, cbs=[StopAtNaN(), Spoil(), RunLog(tmp_path, time.time(), {})])
+    assert "lower --lr_max" in str(told.value)
+    tensors, kept = load_tensors(checkpoints(tmp_path)[0])
+    assert kept["epochs"] == 1 and all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_the_committed_run_is_complete():
