@@ -257,6 +257,8 @@ def capture(learn: Learner) -> tuple[dict[str, Tensor], dict]:
     kind, key, *rest = np.random.get_state()
     state = dict(
         epochs=len(recorder.values),
+        # The memory layout decides on the order of computation, which could change the last bit.
+        channels_last=[name for name, value in tensors.items() if value.ndim == 4 and not value.is_contiguous()],
         python=random.getstate(),
         numpy=[kind, key.tolist(), *rest],
         loaders=[loader.rng.getstate() for loader in loaders],
@@ -272,13 +274,13 @@ def restore(learn: Learner, tensors: dict[str, Tensor], state: dict):
     """Put a Learner with its optimiser into the state that `capture` saw."""
     prefix = "model."
     learn.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    optimizer, parameters = learn.opt.state_dict(), [p for group in learn.opt.param_lists for p in group]
-    optimizer["state"] = {}
+    optimizer = learn.opt.state_dict() | {"state": {}}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
-            like = parameters[int(index)]  # in its memory layout, too
-            optimizer["state"].setdefault(int(index), {})[name] = torch.empty_like(like).copy_(value)
+            if key in state["channels_last"]:
+                value = value.contiguous(memory_format=torch.channels_last)
+            optimizer["state"].setdefault(int(index), {})[name] = value
     learn.opt.load_state_dict(optimizer)
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():

@@ -104,7 +104,7 @@ def test_help_explains_each_option_with_its_default(tmp_path):
 
 @pytest.mark.parametrize(("number", "by", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
 def test_a_run_that_is_stopped_says_how_to_go_on_and_does(shapes, tmp_path, number, by, status):
-    options = {"--data": shapes, "--lr_max": 0.01, "--epochs": 100, "--width": 4, "--batch_size": 24, "--name": "long"}
+    options = {"--data": shapes, "--lr_max": 0.01, "--epochs": 40, "--width": 4, "--batch_size": 24, "--name": "long"}
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *(str(word) for option in options.items() for word in option)],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -121,8 +121,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(shapes, tmp_path, numb
     (how,) = re.findall(rf"^stopped by {by}; to go on: (.*)$", errors.strip())
     done = subprocess.run(how, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Going on after epoch \d+ of 100", done.stdout)
-    assert read_csv(tmp_path / "runs/long/history.csv")["epoch"] == list(range(1, 101))
+    assert re.search(r"Going on after epoch \d+ of 40", done.stdout)
+    assert read_csv(tmp_path / "runs/long/history.csv")["epoch"] == list(range(1, 41))
     assert {file.name for file in (tmp_path / "runs/long").iterdir()} == FILES - {"lr_find.png", "lr_find.csv"}
 
 
