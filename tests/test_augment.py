@@ -119,7 +119,7 @@ def test_the_assignments_order_in_training_only(digits, shapes):
 
 
 def test_speed():
-    """At least 20,000 images a second on two cores, normalisation included."""
+    """At least 10,000 images a second on each core, normalisation included."""
     x = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
     normalize = Normalize.from_stats([0.5] * 3, [0.25] * 3, cuda=False)
     pipeline = Pipeline([RandomCrop(), FlipLR(), Cutout(), IntToFloatTensor(), normalize], split_idx=0)
@@ -128,4 +128,4 @@ def test_speed():
         start = time.perf_counter()
         pipeline(TensorImage(x))
         best = min(best, time.perf_counter() - start)
-    assert 512 / best >= 20_000
+    assert 512 / best >= 10_000 * torch.get_num_threads()

@@ -92,7 +92,7 @@ def test_the_last_two_checkpoints_are_kept_and_restore_everything(tmp_path, lear
     restore(other, *last_checkpoint(tmp_path, {"data": ""}))
     assert state(other) == after
     strides = [
-        [values["momentum_buffer"].stride() for values in one.opt.state_dict()["state"].values()]
+        {index: values["momentum_buffer"].stride() for index, values in one.opt.state_dict()["state"].items()}
         for one in (other, learn)
     ]
     assert strides[0] == strides[1]
