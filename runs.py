@@ -28,6 +28,7 @@ from errors import UserError
 from files import Damaged, NotWritten, held, load_tensors, save_tensors, write
 from learner import PRECISIONS, get_learner
 from model import NORMS
+from recipes import RECIPES
 
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
 CHECKPOINTS = 2  # that are kept, so that there is another one if the newest is damaged
@@ -35,7 +36,7 @@ CHECKPOINTS = 2  # that are kept, so that there is another one if the newest is 
 
 # ---- Options -------------------------------------------------------------------------------------------------------
 
-WORDS = {"valid": VALIDS, "norm": NORMS, "precision": PRECISIONS, "device": DEVICES}
+WORDS = {"recipe": RECIPES, "valid": VALIDS, "norm": NORMS, "precision": PRECISIONS, "device": DEVICES}
 ABOVE_ZERO = {"epochs": int, "peak_epoch": float, "batch_size": int, "width": int, "lr_max": float, "lr_min": float}
 ZERO_OR_MORE = {"clip": float, "l1": float, "seed": int}
 CHOSEN_LATER = {"epochs", "peak_epoch", "batch_size", "lr_max", "lr_min"}  # where they aren't given

@@ -20,8 +20,9 @@ from data import DEVICES, VALIDS, get_dls
 from errors import UserError, command_line
 from files import write
 from interpret import interpret, per_class_accuracy, plot_lr_curve
-from learner import PRECISIONS, SWEEP, StopAtNaN, TimeEstimate, find_lrs, get_learner
+from learner import PRECISIONS, SWEEP, StopAtNaN, TimeEstimate, ValidateLast, find_lrs, get_learner
 from model import NORMS
+from recipes import RECIPES
 from runs import (
     RunLog,
     at_home,
@@ -41,8 +42,6 @@ from runs import (
     write_json,
 )
 
-RECIPE = "assignment"  # one cycle over 24 epochs with RandomCrop → FlipLR → Cutout, as the assignment asks
-EPOCHS, PEAK_EPOCH = 24, 5  # the assignment's
 DIGITS_EPOCHS = 6  # enough for the digits, which are there to try everything out in minutes
 
 
@@ -54,6 +53,7 @@ def choices(values) -> dict:
 def train(learn: Learner, run: Path, config: dict, started: float):
     """Train in the folder `run`, from its last checkpoint if there is one, and show what was learned."""
     options, images = config["options"], learn.dls.train.table
+    recipe = RECIPES[options["recipe"]]
     epochs, peak_epoch, annihilate = options["epochs"], options["peak_epoch"], options["annihilate"]
     print(f"{images.name}: {len(learn.dls.train_ds):,} images to train on, {len(learn.dls.valid_ds):,} to validate"
           f" ({options['valid']}); {run}")  # fmt: skip
@@ -62,11 +62,12 @@ def train(learn: Learner, run: Path, config: dict, started: float):
         state = checkpoint[1]
         lr_min, lr_max, done, started = state["lr_min"], state["lr_max"], state["epochs"], started - state["elapsed"]
         print(f"Going on after epoch {done} of {epochs}")
-        learn.add_cb(TimeEstimate(epochs - done))
+        learn.add_cb(TimeEstimate(recipe, epochs, done))
     else:
         done = 0
         write(run / "summary.txt", f"{learn.summary()}\n")
-        learn.add_cb(TimeEstimate(epochs, sweep=0 if options["lr_max"] else SWEEP["num_it"]))
+        find = (options["lr_max"] or recipe.lr_max) is None
+        learn.add_cb(TimeEstimate(recipe, epochs, sweep=SWEEP["num_it"] if find else 0))
         lr_min, lr_max = choose_lrs(learn, run, options)
         write_json(run / "config.json", config | {"lr_min": lr_min, "lr_max": lr_max})
 
@@ -83,7 +84,11 @@ def train(learn: Learner, run: Path, config: dict, started: float):
             div=div,
             div_final=1e5 if annihilate else div,  # the assignment: no annihilation, so it ends where it began
             pct_start=peak_epoch / epochs,
-            cbs=[StopAtNaN(), RunLog(run, started, dict(options=options, lr_min=lr_min, lr_max=lr_max), checkpoint)],
+            cbs=[
+                StopAtNaN(),
+                RunLog(run, started, dict(options=options, lr_min=lr_min, lr_max=lr_max), checkpoint),
+                *([ValidateLast()] if recipe.validate == "last" else []),
+            ],
             start_epoch=done,
         )
     save_weights(learn.model, run / "model.safetensors")
@@ -104,8 +109,8 @@ def train(learn: Learner, run: Path, config: dict, started: float):
 
 
 def choose_lrs(learn: Learner, run: Path, options: dict) -> tuple[float, float]:
-    """`(lr_min, lr_max)`: as given, or as found by a sweep that is written and drawn into the run's folder."""
-    lr_min, lr_max = options["lr_min"], options["lr_max"]
+    """`(lr_min, lr_max)`: as given, as in the recipe, or as found by a sweep that is drawn into the run's folder."""
+    lr_min, lr_max = options["lr_min"], options["lr_max"] or RECIPES[options["recipe"]].lr_max
     if lr_max is None:
         print(f"LR finder: {SWEEP['num_it']} steps with rates from {SWEEP['start_lr']:g} to {SWEEP['end_lr']:g}")
         curve = find_lrs(learn)
@@ -139,12 +144,13 @@ def options_to_resume(run: Path, name: str | None, options: dict) -> dict:
 @command_line
 def main(
     data: str = "auto",  # auto (CIFAR-10 if it can be had, else digits), cifar10, digits, or a folder or archive
+    recipe: Annotated[str, choices(RECIPES)] = "assignment",  # how to train; fast and faster are for CPUs
     valid: Annotated[str, choices(VALIDS)] = "test",  # report on the test split, or on a tenth of train
-    epochs: int = None,  # times to go through the training images (default: 24; 6 on the digits)
-    peak_epoch: float = None,  # epoch at which the learning rate is highest (default: 5 of 24)
+    epochs: int = None,  # times to go through the training images (default: the recipe's; 6 on the digits)
+    peak_epoch: float = None,  # epoch at which the learning rate is highest (default: the recipe's, in proportion)
     batch_size: int = None,  # images a step (default: 512; 64 where there are fewer than 10,000 training images)
-    lr_max: float = None,  # highest learning rate (default: found)
-    lr_min: float = None,  # learning rate to start and to end with (default: found; a hundredth of a given lr_max)
+    lr_max: float = None,  # highest learning rate (default: the recipe's, or found)
+    lr_min: float = None,  # learning rate to start and to end with (default: found; a hundredth of a known lr_max)
     annihilate: bool = False,  # end with a learning rate near zero instead of lr_min
     norm: Annotated[str, choices(NORMS)] = "batch",  # kind of all normalisation layers
     width: int = 64,  # channels of the first layer; fewer make a small net that trains in no time
@@ -159,9 +165,9 @@ def main(
 ):
     "Train the assignment's ResNet with the one-cycle policy; leave a folder of figures and pictures."
     options = dict(
-        data=data, valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=batch_size, lr_max=lr_max,
-        lr_min=lr_min, annihilate=annihilate, norm=norm, width=width, precision=precision, device=device, clip=clip,
-        l1=l1, seed=seed,
+        data=data, recipe=recipe, valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=batch_size,
+        lr_max=lr_max, lr_min=lr_min, annihilate=annihilate, norm=norm, width=width, precision=precision,
+        device=device, clip=clip, l1=l1, seed=seed,
     )  # fmt: skip
     check_options(options)
     check_name(name)
@@ -175,24 +181,26 @@ def main(
     started = time.time()
     set_seed(options["seed"], reproducible=True)
 
+    recipe = RECIPES[options["recipe"]]
     dls = get_dls(options["data"], options["batch_size"], options["valid"], options["device"])
     images = dls.train.table
     if not len(dls.train):
         raise UserError(f"batch_size is {dls.bs}, more than the {len(dls.train_ds):,} training images; lower it")
-    epochs = options["epochs"] or (DIGITS_EPOCHS if images.is_digits else EPOCHS)
+    epochs = options["epochs"] or (DIGITS_EPOCHS if images.is_digits else recipe.epochs)
     if options["peak_epoch"] is None:
-        options["peak_epoch"] = epochs * PEAK_EPOCH / EPOCHS
+        options["peak_epoch"] = epochs * recipe.peak_epoch / recipe.epochs
+    options["annihilate"] |= recipe.annihilate
     options |= dict(data=at_home(images.source), epochs=epochs, batch_size=dls.bs)
     if dls.device.type in DEVICES:
         options["device"] = dls.device.type
     check_options(options)
-    learn = get_learner(dls, *(options[name] for name in ("norm", "width", "precision", "clip", "l1")))
+    learn = get_learner(dls, *(options[name] for name in ("norm", "width", "precision", "clip", "l1", "recipe")))
     options["precision"] = learn.precision
 
     if run is None:
-        run = new_run(runs_dir, name, images.name, RECIPE)
+        run = new_run(runs_dir, name, images.name, options["recipe"])
         data_set = dict(name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab))
-        config = dict(recipe=RECIPE, options=options, data=data_set | {"sha256": images.hash}, **surroundings())
+        config = dict(options=options, data=data_set | {"sha256": images.hash}, **surroundings())
         write_json(run / "config.json", config)
     else:
         config = read_config(run)

@@ -8,13 +8,15 @@ from conftest import ROOT
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "recipes": set(),
     "model": set(),
+    "muon": set(),
     "augment": set(),
     "data": {"errors", "files", "augment"},
-    "learner": {"errors", "data", "model"},
-    "runs": {"errors", "files", "model", "data", "learner"},
+    "learner": {"errors", "recipes", "data", "model", "muon"},
+    "runs": {"errors", "files", "recipes", "model", "data", "learner"},
     "interpret": {"errors", "files", "data", "learner", "runs"},
-    "train": {"errors", "files", "model", "augment", "data", "learner", "runs", "interpret"},
+    "train": {"errors", "files", "recipes", "model", "augment", "data", "learner", "runs", "interpret"},
 }
 
 

@@ -1,15 +1,18 @@
+import math
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_images
-from fastai.vision.all import Learner, load_learner, set_seed
+from fastai.vision.all import Callback, Learner, load_learner, set_seed
 
 import learner
 from data import get_dls
 from errors import UserError
-from learner import SWEEP, TimeEstimate, find_lrs, get_learner, resolve_precision, suggest_lrs
+from learner import SWEEP, TimeEstimate, ValidateLast, find_lrs, get_learner, resolve_precision, suggest_lrs
+from muon import Muon
+from recipes import RECIPES
 from runs import read_csv
 
 CPU = torch.device("cpu")
@@ -273,6 +276,39 @@ def test_channels_last(dls):
     assert small(dls).model.layer1[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+# ---- Recipes
+
+
+class Sizes(Callback):
+    """The side of each batch's images."""
+
+    order = 1000
+
+    def __init__(self):
+        self.train, self.valid = [], []
+
+    def before_batch(self):
+        (self.train if self.training else self.valid).append(self.x.shape[-1])
+
+
+@pytest.mark.parametrize("recipe", ["fast", "faster"])
+def test_images_grow_and_validation_sees_whole_ones(dls, recipe):
+    learn = get_learner(dls, width=4, recipe=recipe)
+    learn.fit_one_cycle(10, 0.1, cbs=[sizes := Sizes(), ValidateLast()])
+    expected = [RECIPES[recipe].side(step / 30) for step in range(30)]
+    assert sizes.train == expected and sizes.train[0] == 16 and sizes.train[-1] == 32
+    assert sizes.valid == [32]
+    *before, last = learn.recorder.values
+    assert len(before) == 9 and all(math.isnan(row[3]) and math.isnan(row[4]) and row[1] > 0 for row in before)
+    assert last[3] > 0 and last[4] >= 0.5
+
+
+def test_muon_learns(dls):
+    learn = get_learner(dls, width=8, recipe="fast")
+    learn.fit_one_cycle(12, 0.3)
+    assert isinstance(learn.opt.opt, Muon) and learn.recorder.values[-1][4] == 1
+
+
 # ---- Time
 
 
@@ -280,9 +316,9 @@ def test_the_time_estimate_speaks_once_and_is_right(dls, capsys):
     dls = get_dls(dls.train.table.folder, bs=4)
     learn = get_learner(dls, width=16)
     learn.remove_cb(learner.ProgressCallback)
-    learn.add_cb(TimeEstimate(epochs=6))
+    learn.add_cb(TimeEstimate(RECIPES["assignment"], epochs=6))
     said_seconds = []
-    learn.time_estimate.say = lambda step, seconds: said_seconds.append(seconds)
+    learn.time_estimate.say = lambda step, epochs, seconds: said_seconds.append(seconds)
     start = time.perf_counter()
     with learn.no_logging():
         learn.fit_one_cycle(6, 0.01)
@@ -292,10 +328,10 @@ def test_the_time_estimate_speaks_once_and_is_right(dls, capsys):
 
 @pytest.mark.parametrize(("epochs", "seconds", "short"), [(24, 7200, 4), (24, 3000, None), (1, 7200, None)])
 def test_a_long_time_on_a_cpu_comes_with_a_short_command(dls, capsys, epochs, seconds, short):
-    estimate = TimeEstimate(epochs, sweep=50)
+    estimate = TimeEstimate(RECIPES["assignment"], epochs, sweep=50)
     estimate.learn = small(dls)
     estimate.learn.remove_cb(learner.ProgressCallback)
-    estimate.say(step=3.0, seconds=seconds)
+    estimate.say(step=3.0, epochs=epochs, seconds=seconds)
     said = capsys.readouterr().out
     assert f"{epochs} epoch" in said and "and the LR finder will take about" in said
     assert ("--epochs 4 --peak_epoch 1 takes about 20:00" in said) == bool(short)

@@ -67,7 +67,7 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--device cuda", "there is no CUDA GPU"),
         ("--device tpu", "invalid choice: 'tpu'"),
         ("--valid none", "invalid choice: 'none'"),
-        ("--recipe quick", "there is no option --recipe"),
+        ("--recipe quick", "invalid choice: 'quick'"),
         ("--data cifra10", "there is no cifra10; --data takes auto, cifar10, digits"),
         ("--data ~nobody-of-this-name/images", "can't be read"),
         ("--clip -1", "clip is -1.0; it must be 0 or more"),

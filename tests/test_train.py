@@ -126,6 +126,21 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(shapes, tmp_path, numb
     assert {file.name for file in (tmp_path / "runs/long").iterdir()} == FILES - {"lr_find.png", "lr_find.csv"}
 
 
+def test_the_fast_recipe_and_how_it_goes_on(shapes, tmp_path):
+    """Killed by a limit for the size of a file after its first epoch, it ends like the run that wasn't."""
+    options = ("--data", shapes, "--recipe", "fast", "--epochs", 4, "--width", 4, "--batch_size", 8)
+    assert command("train.py", *options, "--name", "whole", cwd=tmp_path).returncode == 0
+    assert command("train.py", *options, "--name", "stopped", cwd=tmp_path, file_size=200_000).returncode == 2
+    assert command("train.py", "--resume", "last", cwd=tmp_path).returncode == 0
+    whole, stopped = (tmp_path / "runs" / name for name in ("whole", "stopped"))
+    for name in ("model.safetensors", "batches.csv", "report.md"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    assert json.loads((whole / "config.json").read_text())["options"]["annihilate"] is True
+    batches, history = read_csv(whole / "batches.csv"), read_csv(whole / "history.csv")
+    assert 0.29 < max(batches["lr"]) <= 0.3 and batches["lr"][-1] < 0.01
+    assert len([loss for loss in history["valid_loss"] if loss > 0]) == 1
+
+
 def test_a_full_disk(shapes, tmp_path):
     """A limit for the size of a file stands for it: the first checkpoint, which has no momentum yet, is below it."""
     quick = ("--data", shapes, "--lr_max", 0.01, "--epochs", 2, "--width", 4, "--batch_size", 24, "--name", "full")
