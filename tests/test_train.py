@@ -13,6 +13,7 @@ from commandline import ROOT, command
 from PIL import Image
 from safetensors.torch import load_file
 
+from model import ResNet
 from runs import read_csv
 
 FILES = {
@@ -161,6 +162,35 @@ def test_a_loss_that_blows_up(shapes, tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert re.match(r"error: the loss became (nan|inf) in epoch 1, batch \d of 2, .*; train again with a lower", line)
+
+
+def test_the_speed_benchmark(shapes, tmp_path):
+    """benchmarks/speed.py runs and its figures fit together; how large they are is for a quiet machine to say."""
+    tiny = ("--bs", 8, "--width", 4, "--rounds", 1, "--steps", 2, "--out", "speed.json")
+    done = command("benchmarks/speed.py", "--data", shapes, *tiny, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    rates = figures["images_per_second"]
+    assert set(rates) == {"ours", "plain", "stock_fastai"}
+    assert figures["times_plain"] == pytest.approx(rates["ours"] / rates["plain"])
+    assert figures["net_flops_per_second"] == pytest.approx(rates["ours"] * figures["flops_per_image"])
+    assert figures["part_of_limit"] == pytest.approx(
+        figures["net_flops_per_second"] / figures["matrix_flops_per_second"]
+    )
+    assert figures["data_part_of_step"] == pytest.approx(rates["ours"] / figures["data_images_per_second"])
+    assert 0.3 < figures["peak_gib"] < 3 and "aten::convolution_backward" in figures["operators"]
+
+
+def test_the_operations_of_the_net():
+    """Counted by hand: 2 for each weight of a convolution at each place, forward, and twice that backward."""
+    from benchmarks.speed import CONVOLUTIONS, training_flops
+
+    forward = sum(
+        2 * 9 * (inputs * 64 if layer else inputs) * outputs * 64 * side**2
+        for layer, (inputs, outputs, side) in enumerate(CONVOLUTIONS)
+    ) + 2 * 512 * 10  # fmt: skip
+    first = 2 * 9 * 3 * 64 * 32**2  # whose input needs no gradient, which the backward pass of the first layer saves
+    assert training_flops(ResNet()) in (3 * forward, 3 * forward - first)
 
 
 def test_killed_runs_go_on_exactly(tmp_path):

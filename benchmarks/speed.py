@@ -1,0 +1,257 @@
+"""How fast we train: against other ways, and against the machine's limit. `python benchmarks/speed.py`
+
+In one process, in turn, a few steps of each: our Learner; a plain PyTorch loop as people write it (fp32, contiguous
+tensors, torchvision's transforms of one image after the other in a DataLoader with workers); fastai as its tutorials
+use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. The limit is the
+machine's rate of multiplying matrices of the net's own sizes, in the precision that our Learner uses.
+"""
+
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from fastai.vision.all import (
+    Callback,
+    CancelFitException,
+    CategoryBlock,
+    CrossEntropyLossFlat,
+    DataBlock,
+    FuncSplitter,
+    ImageBlock,
+    Learner,
+    Normalize,
+    RandomCrop,
+    RandomErasing,
+    get_image_files,
+    imagenet_stats,
+    parent_label,
+    set_seed,
+    setup_aug_tfms,
+)
+from fastai.vision.augment import Flip
+from fastcore.script import call_parse
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import SIZE, get_dls
+from learner import get_learner
+from model import ResNet
+from runs import surroundings, write_json
+
+LR = 0.01
+WORKERS = 2
+ROWS = 2**14  # at most, of a matrix; more would not fit into memory, and be no faster
+
+
+class Timer(Callback):
+    """The duration of each training step but the first; ends after `steps` more."""
+
+    order = 1000
+
+    def __init__(self, steps: int):
+        self.steps, self.ends = steps, []
+
+    def after_batch(self):
+        self.ends.append(time.perf_counter())
+        if len(self.ends) > self.steps:
+            raise CancelFitException
+
+
+def durations(ends: list[float]) -> list[float]:
+    return [end - begin for begin, end in itertools.pairwise(ends)]
+
+
+def steps_of(learn: Learner, steps: int) -> list[float]:
+    """Seconds of each of so many training steps of a Learner."""
+    timer = Timer(steps)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, LR, cbs=timer)
+    return durations(timer.ends)
+
+
+# ---- The ways to train ---------------------------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """The training images as PIL images, with torchvision's transforms, as CIFAR10 in torchvision is used."""
+
+    def __init__(self, dls):
+        table = dls.train.table
+        self.pixels = table.pixels[dls.train.rows].permute(0, 2, 3, 1).numpy()
+        self.labels = dls.train.targets[0]
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(SIZE, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(*table.stats(dls.train.rows)),
+            transforms.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1)),
+        ])  # fmt: skip
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+class PlainLoop:
+    def __init__(self, dls, width: int):
+        self.loader = DataLoader(Images(dls), dls.bs, shuffle=True, drop_last=True, num_workers=WORKERS)
+        self.model = ResNet(len(dls.vocab), width=width)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
+
+    def __call__(self, steps: int) -> list[float]:
+        ends = []
+        for images, labels in self.loader:
+            loss = nn.functional.cross_entropy(self.model(images), labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            ends.append(time.perf_counter())
+            if len(ends) > steps:
+                break
+        return durations(ends)
+
+
+def stock_fastai(dls, width: int) -> Learner:
+    folder = dls.train.table.folder
+    valid = dls.train.table.splits[-1]
+    block = DataBlock(
+        blocks=(ImageBlock, CategoryBlock),
+        get_items=get_image_files,
+        splitter=FuncSplitter(lambda file: file.parents[1].name == valid),
+        get_y=parent_label,
+        item_tfms=RandomCrop(SIZE),
+        batch_tfms=setup_aug_tfms([Flip(), RandomErasing(p=1, max_count=1), Normalize.from_stats(*imagenet_stats)]),
+    )
+    stock = block.dataloaders(folder, bs=dls.bs, num_workers=WORKERS, device=torch.device("cpu"))
+    return Learner(stock, ResNet(len(dls.vocab), width=width), loss_func=CrossEntropyLossFlat())
+
+
+# ---- The limit -----------------------------------------------------------------------------------------------------
+
+
+def training_flops(model: nn.Module) -> int:
+    """Floating-point operations of a forward and a backward pass for one image, additions included."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, SIZE, SIZE)).sum().backward()
+    return counter.get_total_flops()
+
+
+# Of the net's convolutions: channels in, in widths or 3; channels out, in widths; pixels along each side.
+CONVOLUTIONS = ((3, 1, 32), (1, 2, 32), (2, 2, 16), (2, 2, 16), (2, 4, 16), (4, 8, 8), (8, 8, 4), (8, 8, 4))
+
+
+def matrix_rate(width: int, bs: int, dtype: torch.dtype) -> float:
+    """Operations a second in matrix products of the sizes of the net's convolutions, forward and backward."""
+    operations = seconds = 0.0
+    for layer, (inputs, outputs, side) in enumerate(CONVOLUTIONS):
+        pixels = bs * side * side
+        rows, inner, outputs = min(ROWS, pixels), 9 * (inputs * width if layer else inputs), outputs * width
+        image, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, outputs, dtype=dtype)
+        gradient = image @ weight
+        for a, b in ((image, weight), (gradient, weight.T), (image.T, gradient)):
+            a @ b
+            begin = time.perf_counter()
+            a @ b
+            seconds += (time.perf_counter() - begin) * pixels / rows
+            operations += 2 * pixels * inner * outputs
+    return operations / seconds
+
+
+# ---- The rest ------------------------------------------------------------------------------------------------------
+
+
+def data_seconds(dls, steps: int) -> list[float]:
+    """Seconds of loading and augmenting each of so many batches, alone."""
+    ends = [time.perf_counter()]
+    for _ in dls.train:
+        ends.append(time.perf_counter())
+        if len(ends) > steps:
+            break
+    return durations(ends)
+
+
+def operators(learn: Learner, top: int = 8) -> dict[str, float]:
+    """Where the time of a training step goes: operator → its own part of it, the largest ones."""
+    with torch.profiler.profile() as profile:
+        steps_of(learn, 1)
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    whole = sum(times.values())
+    return {name: times[name] / whole for name in sorted(times, key=times.get, reverse=True)[:top]}
+
+
+def peak_gib(data: str, bs: int, width: int) -> float:
+    """The largest resident size, in GiB, of a process that trains for three steps and validates on all images."""
+    code = (
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}\n"
+        "import speed\n"
+        f"learn = speed.get_learner(speed.get_dls({data!r}, {bs}), width={width})\n"
+        "speed.steps_of(learn, 3); learn.validate()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+
+
+@call_parse
+def main(
+    data: str = "cifar10",  # as of train.py
+    bs: int = 512,  # images a step
+    steps: int = 2,  # measured steps of each way in a round
+    rounds: int = 4,  # in which all ways take turns
+    width: int = 64,  # of the ResNet
+    out: str = "",  # JSON file for the figures
+):
+    "Compare our training with other ways and with the machine's limit."
+    set_seed(0)
+    memory = peak_gib(data, bs, width)
+    dls = get_dls(data, bs)
+    learn, plain, stock = get_learner(dls, width=width), PlainLoop(dls, width), stock_fastai(dls, width)
+    ways = {
+        "ours": lambda: steps_of(learn, steps),
+        "plain": lambda: plain(steps),
+        "stock_fastai": lambda: steps_of(stock, steps),
+    }
+    dtype = torch.bfloat16 if learn.precision == "bf16" else torch.float32
+    seconds = {name: [] for name in ways}
+    rates, loading = [], []
+    for _ in range(rounds):
+        for name, way in ways.items():
+            seconds[name] += way()
+        rates.append(matrix_rate(width, bs, dtype))
+        loading += data_seconds(dls, steps)
+    step = {name: statistics.median(values) for name, values in seconds.items()}
+    per_image = training_flops(ResNet(len(dls.vocab), width=width))
+    rate = bs / step["ours"] * per_image
+    figures = dict(
+        batch_size=bs, width=width, steps=steps * rounds, precision=learn.precision,
+        images_per_second={name: bs / value for name, value in step.items()},
+        times_plain=step["plain"] / step["ours"],
+        times_stock_fastai=step["stock_fastai"] / step["ours"],
+        flops_per_image=per_image,
+        net_flops_per_second=rate,
+        matrix_flops_per_second=max(rates),
+        part_of_limit=rate / max(rates),
+        data_images_per_second=bs / statistics.median(loading),
+        data_part_of_step=statistics.median(loading) / step["ours"],
+        operators=operators(learn),
+        peak_gib=memory,
+    )  # fmt: skip
+    print(f"| {learn.precision}, batches of {bs} | images/s | ours is |\n| --- | ---: | ---: |")
+    for name, value in figures["images_per_second"].items():
+        print(f"| {name} | {value:.1f} | {step[name] / step['ours']:.2f} × as fast |")
+    print(f"the limit: {figures['part_of_limit']:.1%} of {max(rates) / 1e9:.0f} GFLOP/s in matrix products")
+    print(f"data: {figures['data_images_per_second']:,.0f} images/s, {figures['data_part_of_step']:.2%} of a step")
+    print(f"memory: {memory:.2f} GiB at most")
+    if out:
+        write_json(Path(out), figures | surroundings())
