@@ -138,7 +138,7 @@ def run(tmp_path_factory, shapes):
     folder = tmp_path_factory.mktemp("run")
     dls = get_dls(shapes, bs=16)
     options = {
-        "data": str(shapes), "valid": "test", "epochs": 1, "peak_epoch": 0.5, "batch_size": 16, "lr_max": None,
+        "data": str(shapes), "recipe": "assignment", "valid": "test", "epochs": 1, "peak_epoch": 0.5, "batch_size": 16, "lr_max": None,
         "lr_min": None, "annihilate": False, "norm": "batch", "width": 4, "precision": "fp32", "device": "cpu",
         "clip": 0.0, "l1": 0.0, "seed": 42,
     }  # fmt: skip
@@ -153,6 +153,7 @@ def run(tmp_path_factory, shapes):
 
 def test_configs(run, tmp_path):
     whole = (run / "config.json").read_bytes()
+    read_config(run)
 
     @fuzz(1000)
     @given(EDITS)
