@@ -355,13 +355,16 @@ class ImageTable:
             count = torch.bincount(self.pixels[rows, channel].flatten(), minlength=256).double()
             mu = (count * levels).sum() / count.sum()
             mean.append(mu.item())
-            std.append(((count * (levels - mu) ** 2).sum() / count.sum()).sqrt().item())
+            variance = (count * (levels - mu) ** 2).sum() / count.sum()
+            std.append(max(variance.sqrt().item(), 1 / 255))  # a channel may be the same everywhere
         return mean, std
 
     def checksum(self, pixels: Tensor) -> str:
         names = "\n".join(map("/".join, zip(self.split, self.labels, strict=True)))
         digest = hashlib.sha256(names.encode(errors="surrogateescape"))
         digest.update(pixels.numpy())
+        if self.is_digits:  # which have other transforms than the same images elsewhere
+            digest.update(b"digits")
         return digest.hexdigest()
 
     def load(self) -> tuple[Tensor, str] | None:
@@ -369,13 +372,14 @@ class ImageTable:
             tensors, state = load_tensors(self.cache)
         except (FileNotFoundError, Damaged):
             return None
-        if state["fingerprint"] != self.fingerprint:
+        pixels, expected = tensors.get("pixels"), (len(self.files), 3, SIZE, SIZE)
+        if state.get("fingerprint") != self.fingerprint or pixels is None or tuple(pixels.shape) != expected:
             return None
-        return tensors["pixels"], state["sha256"]
+        return pixels, state["sha256"]
 
     def build(self) -> tuple[Tensor, str]:
-        chunks = list(chunked(self.files, 500))
-        workers = os.cpu_count() if len(chunks) > 8 else 0  # starting processes takes longer than a few chunks
+        chunks = list(chunked(self.files, 100))
+        workers = os.cpu_count() if len(chunks) > 40 else 0  # starting processes takes longer than a few chunks
         print(f"Decoding {len(self.files):,} images of {self.name}, once …")
         decoded = parallel(decode, chunks, n_workers=workers, progress=True)
         pixels = torch.from_numpy(np.ascontiguousarray(np.concatenate(decoded)))
@@ -464,6 +468,8 @@ def get_dls(data: str | Path = "auto", bs: int | None = None, valid: str = "test
             raise UserError(f"{table.folder} has too few images to hold a tenth of them out ({reason})") from None
     elif len(table.splits) == 2:
         valid_rows = [row for row, split in enumerate(table.split) if split != "train"]
+        if not valid_rows:
+            raise UserError(f"{table.folder}/{table.splits[1]} holds no images; add some or use --valid holdout")
     else:
         raise UserError(
             f"{table.folder} has no {'/ or '.join(VALID_NAMES)}/ beside train/; add one or use --valid holdout"

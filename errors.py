@@ -42,6 +42,8 @@ def parser_error(self: ArgumentParser, message: str):
         known = [option for option in self._option_string_actions if option.startswith("--")]
         meant = get_close_matches(unknown[1], known, n=1)
         message = f"there is no option {unknown[1]}; " + (f"did you mean {meant[0]}?" if meant else "see --help")
+    elif message.startswith("unrecognized"):
+        message += "; options begin with --, see --help"
     stop(f"{self.prog}: error: {message}", 2)
 
 
@@ -64,7 +66,9 @@ def command_line(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except UserError as mistake:
-            stop(f"error: {mistake}", 2)
+            stop("error: " + str(mistake).replace("\n", "\\n"), 2)
+        except OSError as reason:  # a disk or a terminal that went away, a folder that can't be entered
+            stop(f"error: {reason}", 2)
         except KeyboardInterrupt as interrupt:
             by, status = ("SIGTERM", 143) if isinstance(interrupt, Terminated) else ("Ctrl-C", 130)
             stop(f"\nstopped by {by}{interrupt}", status)

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, tensors with a checksum, and a folder that one process holds."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -7,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ class NotWritten(UserError):
     """A file for which there is no room, or no permission."""
 
     def __init__(self, path: Path, reason: OSError):
-        super().__init__(f"{path} can't be written ({reason.strerror or reason}); make room for it")
+        full = reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room for it" if full else "see to it that it can be"
+        super().__init__(f"{path} can't be written ({reason.strerror or reason}); {remedy}")
 
 
 class Damaged(UserError):
@@ -45,7 +48,8 @@ def write(path: Path, content: str | bytes):
     except OSError as reason:
         raise NotWritten(path, reason) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that can't be written to any more
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -361,7 +361,15 @@ def find_lrs(learn: Learner) -> LRCurve:
     """Sweep over `SWEEP` with fastai's `lr_find`, which leaves the model as it was. Raises like `suggest_lrs`."""
     model_dir = learn.model_dir
     with tempfile.TemporaryDirectory() as learn.model_dir:  # where fastai keeps the weights in the meantime
-        learn.lr_find(**SWEEP, show_plot=False, suggest_funcs=None)
+        try:
+            learn.lr_find(**SWEEP, show_plot=False, suggest_funcs=None)
+        except (OSError, RuntimeError) as reason:
+            if isinstance(reason, RuntimeError) and "inline_container" not in str(reason):  # torch.save's word for it
+                raise
+            place = tempfile.gettempdir()
+            raise UserError(
+                f"the LR finder has no room for the weights in {place}; make some, or give --lr_max"
+            ) from None
     learn.model_dir = model_dir
     lrs, losses = [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()
     return LRCurve(lrs, losses, *suggest_lrs(lrs, losses))

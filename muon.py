@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 NS_STEPS = 3  # of Newton-Schulz; more come closer to orthogonal, and a net learns no faster for it
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values end between 0.7 and 1.2 after few steps
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, chosen to raise small singular values quickly
 CONV_LR = 0.1  # of the learning rate for the other parameters, so that one schedule serves both
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix with all its singular values near 1: `(m, n)` → the same shape, by Newton-Schulz iteration.
+    """The matrix with its singular values brought near 1, or, if they are tiny, nearer: `(m, n)` → the same shape.
+
+    That takes a few steps of Newton-Schulz iteration, and no decomposition.
 
     It is computed in bfloat16 on a GPU, and in the matrix's own type on a CPU.
     """

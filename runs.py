@@ -31,6 +31,7 @@ from model import NORMS
 from recipes import RECIPES
 
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
+HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
 CHECKPOINTS = 2  # that are kept, so that there is another one if the newest is damaged
 
 
@@ -40,7 +41,7 @@ WORDS = {"recipe": RECIPES, "valid": VALIDS, "norm": NORMS, "precision": PRECISI
 ABOVE_ZERO = {"epochs": int, "peak_epoch": float, "batch_size": int, "width": int, "lr_max": float, "lr_min": float}
 ZERO_OR_MORE = {"clip": float, "l1": float, "seed": int}
 CHOSEN_LATER = {"epochs", "peak_epoch", "batch_size", "lr_max", "lr_min"}  # where they aren't given
-MAX_SEED = 2**32 - 1  # NumPy's
+AT_MOST = {"epochs": 99_999, "width": 4096, "lr_max": 1e30, "lr_min": 1e30, "clip": 1e30, "l1": 1e30, "seed": 2**32 - 1}
 
 
 def check_options(options: dict):
@@ -56,8 +57,10 @@ def check_options(options: dict):
             raise UserError(f"{name} is {value!r}; it must be a number")
         if not 0 <= value < float("inf") or (value == 0 and name in ABOVE_ZERO):
             raise UserError(f"{name} is {value}; it must be {'above 0' if name in ABOVE_ZERO else '0 or more'}")
-    if options["seed"] > MAX_SEED:
-        raise UserError(f"seed is {options['seed']}; it must be at most {MAX_SEED}")
+        if value > AT_MOST.get(name, value):
+            raise UserError(f"{name} is {value}; it must be at most {AT_MOST[name]}")
+    if not isinstance(options["annihilate"], bool):
+        raise UserError(f"annihilate is {options['annihilate']!r}; it must be true or false")
     epochs, peak_epoch = options["epochs"], options["peak_epoch"]
     if epochs and peak_epoch and peak_epoch > epochs:
         raise UserError(f"peak_epoch is {peak_epoch:g}; it must be at most the number of epochs, {epochs}")
@@ -75,7 +78,7 @@ def new_run(runs_dir: str | Path, name: str | None, data: str, recipe: str) -> P
     Raises `UserError` for a name that is taken or no plain folder name, and for a `runs_dir` that can't be written to.
     """
     check_name(name)
-    base = name or f"{datetime.now():%Y%m%d-%H%M%S}-{data}-{recipe}"
+    base = name or f"{datetime.now():%Y%m%d-%H%M%S}-{data[:50]}-{recipe}"
     for attempt in range(1, 1000):
         run = Path(runs_dir) / (base if attempt == 1 else f"{base}-{attempt}")
         try:
@@ -90,9 +93,12 @@ def new_run(runs_dir: str | Path, name: str | None, data: str, recipe: str) -> P
 
 
 def check_name(name: str | None):
-    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+    if name is not None and (
+        not name or Path(name).name != name or name.startswith(".") or len(os.fsencode(name)) > 200
+    ):
         raise UserError(
-            f"name is {name!r}; it must be a plain folder name, without slashes, that doesn't begin with a dot"
+            f"name is {name!r}; it must be a plain folder name, without slashes, of at most 200 letters, that doesn't"
+            " begin with a dot"
         )
 
 
@@ -111,7 +117,7 @@ def read_config(run: str | Path) -> dict:
     """config.json of a run that was begun. Raises `UserError` for a folder without one, or with something else."""
     config = Path(run) / "config.json"
     try:
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_text(encoding="utf-8"))
         options = content["options"]
         if not isinstance(content["data"]["sha256"], str) or not isinstance(options["data"], str):
             raise TypeError("data is no text")
@@ -144,10 +150,13 @@ def write_csv(path: Path, header: list[str], rows):
 
 
 def read_csv(path: Path) -> dict[str, list[float]]:
-    """Column name → numbers."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {column: [float(row[column]) for row in rows] for column in rows[0]}
+    """Column name → numbers. Raises `UserError` for a file that isn't as `write_csv` left it."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {column: [float(row[column]) for row in rows] for column in rows[0]}
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as reason:
+        raise UserError(f"{path} can't be read as a table of numbers ({reason}); resume or repeat the run") from None
 
 
 def at_home(source: str) -> str:
@@ -242,6 +251,8 @@ def held_run(run: Path) -> Iterator[None]:
             raise type(stopped)(f"; to go on: {resume_command(run)}") from None
         except NotWritten as full:
             raise UserError(f"{full}, then go on: {resume_command(run)}") from None
+        except OSError as reason:
+            raise UserError(f"{reason}; put that right, then go on: {resume_command(run)}") from None
 
 
 def capture(learn: Learner) -> tuple[dict[str, Tensor], dict]:
@@ -305,8 +316,23 @@ def python_state(position: list) -> tuple:
     return kind, tuple(numbers), gauss
 
 
+def write_history(learn: Learner, run: Path):
+    """history.csv, a row an epoch, and batches.csv, a row a step."""
+    recorder, steps = learn.recorder, len(learn.dls.train)
+    epochs = [
+        (epoch, *values, round(seconds, 3))
+        for epoch, (values, seconds) in enumerate(zip(recorder.values, recorder.seconds), start=1)
+    ]
+    write_csv(run / "history.csv", HISTORY, epochs)
+    losses = torch.stack(recorder.step_losses).tolist()
+    batches = [
+        (step + 1, step // steps + 1, float(lr), loss) for step, (lr, loss) in enumerate(zip(recorder.lrs, losses))
+    ]
+    write_csv(run / "batches.csv", ["step", "epoch", "lr", "loss"], batches)
+
+
 class RunLog(Callback):
-    """After each epoch, write a checkpoint, history.csv (a row an epoch) and batches.csv (a row a step).
+    """After each epoch, write history.csv, batches.csv and a checkpoint.
 
     `begun` is the time at which the run would have begun without interruptions, `extra` what the checkpoints should
     hold beside the Learner's state, `resumed` the checkpoint to go on from.
@@ -327,17 +353,7 @@ class RunLog(Callback):
     def after_epoch(self):
         if self.recorder.skipped:
             return
-        recorder, steps = self.recorder, len(self.dls.train)
-        epochs = [
-            (epoch, *values, round(seconds, 3))
-            for epoch, (values, seconds) in enumerate(zip(recorder.values, recorder.seconds), start=1)
-        ]
-        write_csv(self.run_folder / "history.csv", [*recorder.metric_names[:-1], "seconds"], epochs)
-        losses = torch.stack(recorder.step_losses).tolist()
-        batches = [
-            (step + 1, step // steps + 1, float(lr), loss) for step, (lr, loss) in enumerate(zip(recorder.lrs, losses))
-        ]
-        write_csv(self.run_folder / "batches.csv", ["step", "epoch", "lr", "loss"], batches)
+        write_history(self.learn, self.run_folder)
         self.save()
 
     def save(self):

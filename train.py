@@ -39,6 +39,7 @@ from runs import (
     save_weights,
     surroundings,
     write_csv,
+    write_history,
     write_json,
 )
 
@@ -77,6 +78,7 @@ def train(learn: Learner, run: Path, config: dict, started: float):
     if done == epochs:  # only its last files and pictures are missing
         learn.create_opt()
         restore(learn, *checkpoint)
+        write_history(learn, run)
     else:
         learn.fit_one_cycle(
             epochs,
@@ -131,9 +133,9 @@ def options_to_resume(run: Path, name: str | None, options: dict) -> dict:
         parser.add_argument("--" + option.replace("_", "-"), nargs="?")
     for option in vars(parser.parse_known_args()[0]):
         if option != "data" and options[option] != begun[option]:  # the images themselves are compared later
+            value = "without" if begun[option] is None else f"with {begun[option]} as"
             raise UserError(
-                f"{run} was begun with {option} {begun[option]}, which a resumed run keeps; leave out"
-                f" --{option}, or start a new run"
+                f"{run} was begun {value} {option}, which a resumed run keeps; leave out --{option}, or start a new run"
             )
     if name is not None:
         raise UserError("a resumed run keeps its name; leave out --name")
@@ -193,17 +195,19 @@ def main(
     options |= dict(data=at_home(images.source), epochs=epochs, batch_size=dls.bs)
     if dls.device.type in DEVICES:
         options["device"] = dls.device.type
-    check_options(options)
+    # Found rates are not known yet, but are within the sweep.
+    check_options(options | {"lr_max": options["lr_max"] or recipe.lr_max or SWEEP["end_lr"]})
     learn = get_learner(dls, *(options[name] for name in ("norm", "width", "precision", "clip", "l1", "recipe")))
     options["precision"] = learn.precision
 
     if run is None:
-        run = new_run(runs_dir, name, images.name, options["recipe"])
         data_set = dict(name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab))
         config = dict(options=options, data=data_set | {"sha256": images.hash}, **surroundings())
-        write_json(run / "config.json", config)
+        run = new_run(runs_dir, name, images.name, options["recipe"])
     else:
         config = read_config(run)
         check_data(run, config, dls)
+        config["options"]["data"] = options["data"]  # where the images are now
     with held_run(run):
+        write_json(run / "config.json", config)
         train(learn, run, config, started)

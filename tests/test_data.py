@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import data
+import files
 from data import ImageTable, find_source, get_dls
 from errors import UserError
 
@@ -225,6 +226,21 @@ def test_a_damaged_cache_is_made_anew(images, damage):
     first.cache.write_bytes(damage(first.cache.read_bytes()))
     again = ImageTable(images)
     assert torch.equal(again.pixels, first.pixels) and again.hash == first.hash
+
+
+def test_other_tensors_in_the_caches_place(images):
+    first = ImageTable(images)
+    whole = first.pixels
+    files.save_tensors(first.cache, {"weight": torch.zeros(3)})
+    assert torch.equal(ImageTable(images).pixels, whole)
+    files.save_tensors(first.cache, {"pixels": whole[1:]}, fingerprint=first.fingerprint, sha256=first.hash)
+    assert torch.equal(ImageTable(images).pixels, whole)
+
+
+def test_the_digits_elsewhere_are_another_data_set(digits, tmp_path):
+    """They would be flipped there, so a run can't go on with them."""
+    copy = shutil.copytree(table_of(digits).folder, tmp_path / "copy")
+    assert ImageTable(copy).hash != table_of(digits).hash
 
 
 def test_an_interrupted_cache_leaves_nothing(images, monkeypatch):

@@ -138,9 +138,9 @@ def run(tmp_path_factory, shapes):
     folder = tmp_path_factory.mktemp("run")
     dls = get_dls(shapes, bs=16)
     options = {
-        "data": str(shapes), "recipe": "assignment", "valid": "test", "epochs": 1, "peak_epoch": 0.5, "batch_size": 16, "lr_max": None,
-        "lr_min": None, "annihilate": False, "norm": "batch", "width": 4, "precision": "fp32", "device": "cpu",
-        "clip": 0.0, "l1": 0.0, "seed": 42,
+        "data": str(shapes), "recipe": "assignment", "valid": "test", "epochs": 1, "peak_epoch": 0.5,
+        "batch_size": 16, "lr_max": None, "lr_min": None, "annihilate": False, "norm": "batch", "width": 4,
+        "precision": "fp32", "device": "cpu", "clip": 0.0, "l1": 0.0, "seed": 42,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps({"options": options, "data": {"sha256": dls.train.table.hash}}))
     save_weights(get_learner(dls, width=4).model, folder / "model.safetensors")

@@ -75,11 +75,18 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--seed -1", "seed is -1; it must be 0 or more"),
         ("--seed 4294967296", "it must be at most 4294967295"),
         ("--width 0", "width is 0; it must be above 0"),
+        ("--width 300000", "width is 300000; it must be at most 4096"),
+        ("--epochs 1000000", "epochs is 1000000; it must be at most 99999"),
+        ("--lr_max 1e300", "lr_max is 1e+300; it must be at most"),
+        ("--recipe fast --lr_min 0.5", "lr_min (0.5) is above lr_max (0.3)"),
+        ("--lr_min 5", "lr_min (5) is above lr_max (3)"),
+        ("epochs 3", "options begin with --"),
         ("--runs_dir file", "choose another --runs_dir"),
         ("--runs_dir file/below", "choose another --runs_dir"),
         ("--runs_dir /proc/runs", "choose another --runs_dir"),
         ("--name a/b", "plain folder name"),
         ("--name ..", "plain folder name"),
+        (f"--name {'x' * 300}", "plain folder name"),
         ("--resume nowhere", "nowhere is not the folder of a run"),
         ("--resume file", "file is not the folder of a run"),
         ("--resume last", "runs holds no run"),
@@ -99,6 +106,11 @@ def test_options(shapes, tmp_path, arguments, says):
 
 def no_test_split(images):
     shutil.rmtree(images / "test")
+
+
+def empty_test_split(images):
+    for file in (images / "test").rglob("*.png"):
+        file.unlink()
 
 
 def no_images(images):
@@ -146,6 +158,7 @@ def no_access(images):
         (shutil.rmtree, "there is no "),
         (lambda images: shutil.rmtree(images) or images.mkdir(), "holds no folder train/<class>/"),
         (no_test_split, "--valid holdout"),
+        (empty_test_split, "test holds no images; add some or use --valid holdout"),
         (no_images, "holds no images in train/<class>/"),
         (one_class, "of one class only, cross"),
         (unknown_class, "has images of square, and train has none"),
@@ -273,6 +286,15 @@ def test_every_size_and_mode(tmp_path):
         assert (pixels.int() - np.array(colour)[:, None]).abs().max() <= 2, name
 
 
+def test_a_channel_that_is_the_same_everywhere(tmp_path):
+    images = make_images(tmp_path / "images")
+    for file in images.rglob("*.png"):
+        pixels = np.array(Image.open(file))
+        pixels[:, :, 2] = 0
+        Image.fromarray(pixels).save(file)
+    works(images, tmp_path)
+
+
 def test_other_files_are_ignored(tmp_path):
     images = make_images(tmp_path / "images")
     for name in (".hidden.png", "Thumbs.db", ".DS_Store", "notes.txt"):
@@ -330,6 +352,7 @@ def change_config(run: Path, change):
         (lambda config: config["options"].update(epochs=-3), "epochs is -3; it must be above 0"),
         (lambda config: config["options"].update(norm="group"), "norm is 'group'; it must be one of"),
         (lambda config: config["options"].pop("seed"), "KeyError: 'seed'"),
+        (lambda config: config["options"].update(annihilate="no"), "annihilate is 'no'"),
         (lambda config: config.pop("options"), "KeyError: 'options'"),
         (lambda config: config["options"].update(data="gone"), "there is no gone"),
         (lambda config: config["data"].update(sha256="0" * 64), "they have changed since it was begun"),
@@ -349,9 +372,9 @@ def test_config_that_is_none(run, content):
 
 def test_options_of_a_run_stay(run):
     cwd = run.parent
-    refused("--resume", "run", "--epochs", 3, cwd=cwd, says="was begun with epochs 1, which a resumed run keeps")
-    refused("--resume", "run", "--nor", "layer", cwd=cwd, says="was begun with norm batch")
-    refused("--resume", "run", "--seed=7", cwd=cwd, says="was begun with seed 42")
+    refused("--resume", "run", "--epochs", 3, cwd=cwd, says="was begun with 1 as epochs, which a resumed run keeps")
+    refused("--resume", "run", "--nor", "layer", cwd=cwd, says="was begun with batch as norm")
+    refused("--resume", "run", "--seed=7", cwd=cwd, says="was begun with 42 as seed")
     refused("--resume", "run", "--name", "other", cwd=cwd, says="keeps its name")
     assert command("train.py", "--resume", "run", "--norm", "batch", cwd=cwd).returncode == 0
 
@@ -362,6 +385,16 @@ def test_images_that_have_moved(run):
     moved = shutil.copytree(images, run.parent / "moved")
     change_config(run, lambda config: config["options"].update(data="gone"))
     assert command("train.py", "--resume", "run", "--data", moved, cwd=run.parent).returncode == 0
+    assert command("interpret.py", "run", cwd=run.parent).returncode == 0  # it knows the new place
+
+
+def test_histories(run):
+    (run / "history.csv").unlink()
+    refused("run", cwd=run.parent, script="interpret.py", says="history.csv can't be read as a table of numbers")
+    assert command("train.py", "--resume", "run", cwd=run.parent).returncode == 0  # the checkpoint has them as well
+    assert command("interpret.py", "run", cwd=run.parent).returncode == 0
+    (run / "batches.csv").write_bytes(b"\xff,\n\n")
+    refused("run", cwd=run.parent, script="interpret.py", says="batches.csv can't be read as a table of numbers")
 
 
 def test_a_finished_run_says_so(finished):

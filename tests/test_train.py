@@ -142,6 +142,13 @@ def test_the_fast_recipe_and_how_it_goes_on(shapes, tmp_path):
     assert len([loss for loss in history["valid_loss"] if loss > 0]) == 1
 
 
+def test_a_disk_that_is_full_from_the_start(shapes, tmp_path):
+    done = command("train.py", "--data", shapes, "--width", 16, "--batch_size", 24, cwd=tmp_path, file_size=50_000)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "the LR finder has no room for the weights" in line
+
+
 def test_a_full_disk(shapes, tmp_path):
     """A limit for the size of a file stands for it: the first checkpoint, which has no momentum yet, is below it."""
     quick = ("--data", shapes, "--lr_max", 0.01, "--epochs", 2, "--width", 4, "--batch_size", 24, "--name", "full")
