@@ -237,13 +237,12 @@ def per_class_accuracy(interp: Interpretation) -> dict[str, float | None]:
 def report(interp: Interpretation) -> str:
     """Accuracy, per-class accuracy and the most confused pairs as Markdown."""
     lines = [f"# {interp.accuracy:.2%} of {len(interp.targs):,} images right", ""]
-    lines += ["| class | accuracy |", "| --- | ---: |"]
     accuracies = zip(interp.vocab, per_class_accuracy(interp).values())
-    lines += [f"| {label} | {value:.1%} |" for label, value in accuracies if value is not None]
-    lines += ["", "| actual | taken for | images |", "| --- | --- | ---: |"]
-    lines += [
-        f"| {actual} | {predicted} | {count} |" for actual, predicted, count in interp.most_confused(min_val=1)[:10]
-    ]
+    for header, rows in (
+        ("| class | accuracy |\n| --- | ---: |", [(label, f"{v:.1%}") for label, v in accuracies if v is not None]),
+        ("\n| actual | taken for | images |\n| --- | --- | ---: |", interp.most_confused(min_val=1)[:10]),
+    ):
+        lines += [header, *("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |" for row in rows)]
     return "\n".join(lines) + "\n"
 
 
