@@ -231,7 +231,7 @@ class TimeEstimate(Callback):
         if self.dls.device.type == "cpu" and seconds > 3600 and short < epochs and self.recipe.optimizer == "sgd":
             message += (
                 f" That is long because this is a CPU: --epochs {short} --peak_epoch 1 takes about"
-                f" {format_time(seconds * short / epochs)}, and --recipe fast gets more out of every minute."
+                f" {format_time(seconds * short / epochs)}; --recipe faster is made for CPUs."
             )
         self.progress.mbar.write(message) if hasattr(self, "progress") else print(message)
 

@@ -103,7 +103,7 @@ def check_name(name: str | None):
 
 
 def find_run(run: str | Path, runs_dir: str | Path) -> Path:
-    """The folder of a run that was begun; `"last"` is the one in `runs_dir` that was begun last."""
+    """The folder of a run that was begun; `"last"` is the one in `runs_dir` last begun or gone on with."""
     if run == "last":
         configs = sorted(Path(runs_dir).glob("*/config.json"), key=lambda config: config.stat().st_mtime)
         if not configs:
