@@ -1,0 +1,153 @@
+"""What each choice is worth on images that are held out of training: `python benchmarks/choices.py --recipe faster`
+
+Every line of its table is a recipe of which one thing is changed. A net of a quarter of the usual width is trained from
+scratch on nine tenths of the training images and asked about the other tenth; the test split is left alone. As many
+nets are trained at a time as there are cores, on one thread each, because a small net keeps no more than one core busy.
+"""
+
+import json
+import os
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from fastai.vision.all import set_seed
+from fastcore.script import call_parse
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from augment import RandomCrop
+from data import get_dls
+from files import write
+from learner import ValidateLast, get_learner
+from recipes import RECIPES
+from runs import surroundings, write_json
+
+
+class Change(NamedTuple):
+    words: str
+    recipe: dict[str, Any]  # field → value
+    constant: tuple[str, Any] | None = None  # of the code: name → value
+
+
+UNCHANGED = "nothing"
+SMOOTHING_OFF = Change("labels not smoothed", {}, ("learner.LABEL_SMOOTHING", 0.0))
+
+# What is compared: a recipe's name → what it is changed to first, because 24 epochs are too many for this; the changes.
+CHANGES: dict[str, tuple[dict[str, Any], list[Change]]] = {
+    "assignment": (
+        dict(epochs=3, peak_epoch=0.625, lr_max=0.3),
+        [
+            Change("rates up to 0.1", dict(lr_max=0.1)),
+            Change("rates up to 0.6", dict(lr_max=0.6)),
+            Change("down to a rate near zero", dict(annihilate=True)),
+            SMOOTHING_OFF,
+            Change("black padding", {}, ("data.RandomCrop", partial(RandomCrop, pad_mode="constant"))),
+            Change("no weight decay", {}, ("learner.WEIGHT_DECAY", 0.0)),
+        ],
+    ),
+    "faster": (
+        {},
+        [
+            Change("SGD for all parameters", dict(optimizer="sgd")),
+            Change("whole images from the start", dict(sizes=((32, 1.0),))),
+            Change("rates up to 0.6", dict(lr_max=0.6)),
+            Change("rates up to 0.15", dict(lr_max=0.15)),
+            SMOOTHING_OFF,
+            Change("small images shorter", dict(sizes=((16, 0.4), (24, 0.7), (32, 1.0)))),
+            Change("highest rate at the end of epoch 2", dict(peak_epoch=2)),
+            Change("down to a hundredth of the rate", dict(annihilate=False)),
+        ],
+    ),
+}
+
+
+def holdout_accuracy(name: str, change: Change, data: str, width: int, seed: int) -> float:
+    """Of the held-out images, the part that a net gets right which was trained from scratch by the changed recipe."""
+    recipe = RECIPES[name]._replace(**CHANGES[name][0] | change.recipe)
+    with ExitStack() as patches:
+        patches.enter_context(patch.dict(RECIPES, {name: recipe}))
+        if change.constant:
+            patches.enter_context(patch(*change.constant))
+        set_seed(seed, reproducible=True)
+        learn = get_learner(get_dls(data, valid="holdout", device="cpu"), width=width, recipe=name)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(
+                recipe.epochs,
+                recipe.lr_max,
+                div=100,
+                div_final=1e5 if recipe.annihilate else 100,
+                pct_start=recipe.peak_epoch / recipe.epochs,
+                cbs=ValidateLast(),
+            )
+            return learn.validate()[1]
+
+
+def table(recipe: str, figures: dict) -> str:
+    """The figures of a recipe's changes as a table in Markdown."""
+    seeds = figures["seeds"]
+    means = {words: statistics.mean(values) for words, values in figures["accuracies"].items() if values}
+    before = means.pop(UNCHANGED, None)
+    lines = [
+        f"## `{recipe}`",
+        "",
+        f"{figures['epochs']} epochs, width {figures['width']}, the mean of {seeds} seed{'s' * (seeds > 1)} a line:"
+        f" `{figures['command']}`.",
+        "",
+        "| change | hold-out accuracy before | after | difference |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    if before is not None:
+        for words, after in means.items():
+            lines.append(f"| {words} | {before:.2%} | {after:.2%} | {100 * (after - before):+.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def save(out: Path, recipe: str, figures: dict):
+    """Put a recipe's figures beside those of the others in `out`, and all of them into a table."""
+    everything = (json.loads(out.read_text()) if out.is_file() else {}) | {recipe: figures}
+    write_json(out, everything)
+    tables = "\n".join(table(name, everything[name]) for name in sorted(everything))
+    write(out.with_suffix(".md"), f"# What each choice was worth\n\n{tables}")
+
+
+@call_parse
+def main(
+    recipe: Annotated[str, {"choices": list(CHANGES)}],  # whose choices are compared
+    data: str = "cifar10",  # as of train.py
+    width: int = 16,  # of the ResNet
+    seeds: int = 1,  # trainings of each line
+    out: str = "",  # JSON file for the figures of all recipes; a table of them comes beside it
+):
+    "Train a small net by a recipe, and by the same recipe with one thing changed, and compare them."
+    before, changes = CHANGES[recipe]
+    changes = [Change(UNCHANGED, {}), *changes]
+    figures = dict(
+        epochs=before.get("epochs", RECIPES[recipe].epochs),
+        width=width,
+        seeds=seeds,
+        command=f"python benchmarks/choices.py {recipe} --width {width} --seeds {seeds} --out {out}",
+        accuracies={change.words: [] for change in changes},
+        **surroundings(),
+    )
+    get_dls(data)  # decodes the images once, before all processes want them
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        trainings = {
+            pool.submit(holdout_accuracy, recipe, change, data, width, seed): change.words
+            for seed in range(seeds)
+            for change in changes
+        }
+        for done, training in enumerate(as_completed(trainings), 1):
+            figures["accuracies"][trainings[training]].append(training.result())
+            print(f"{done} of {len(trainings)}: {trainings[training]}, {training.result():.2%}", flush=True)
+            if out:
+                save(Path(out), recipe, figures)
+    print(table(recipe, figures))
