@@ -39,6 +39,8 @@ from fastai.vision.all import (
     fastai_path,
     parallel,
     parent_label,
+    to_detach,
+    to_device,
 )
 from fastdownload import FastDownload
 from PIL import Image, ImageOps
@@ -417,18 +419,32 @@ class TensorDL(TfmdDL):
             kwargs["table"] = None
         return super().new(dataset, cls, **{"table": self.table, **kwargs})
 
+    def shuffle_fn(self, idxs: list[int]) -> list[int]:
+        order = torch.Generator().manual_seed(self.rng.getrandbits(63))
+        return torch.tensor(idxs)[torch.randperm(len(idxs), generator=order)].tolist()  # in no time, unlike Python's
+
     def __iter__(self):
         self.randomize()
         self.before_iter()
-        for indices in chunked(self.get_idxs(), self.bs, self.drop_last):
-            yield self.after_batch(self.batch(torch.tensor(indices)))
+        for indices in self.chunks(self.get_idxs()):
+            yield self.after_batch(self.batch(indices))
         self.after_iter()
+
+    def chunks(self, idxs) -> Iterable[Tensor]:
+        """The indices of each batch, on the device."""
+        if isinstance(idxs, list):  # copied there once an epoch, because a copy makes the host wait
+            end = len(idxs) // self.bs * self.bs if self.drop_last else len(idxs)
+            return torch.tensor(idxs[:end], device=self.device).split(self.bs) if end else ()
+        return (torch.tensor(chunk, device=self.device) for chunk in chunked(idxs, self.bs, self.drop_last))
 
     def batch(self, indices: Tensor) -> tuple:
         """Images uint8 `(n, 3, 32, 32)`, and labels int64 `(n,)` where the data set has them, on the device."""
-        self.pixels = self.pixels.to(self.device)  # moves them the first time only
-        images = self.pixels[self.rows[indices].to(self.device)]
-        return TensorImage(images), *(TensorCategory(target[indices].to(self.device)) for target in self.targets)
+        self.pixels, self.rows, *self.targets = to_device([self.pixels, self.rows, *self.targets], self.device)  # once
+        return TensorImage(self.pixels[self.rows[indices]]), *(TensorCategory(y[indices]) for y in self.targets)
+
+    def to_detach(self, b, cpu: bool = True, gather: bool = True):
+        """fastai's, but single numbers, the sums of a metric, stay on the device and keep nobody waiting."""
+        return to_detach(b, cpu and not (isinstance(b, Tensor) and b.ndim == 0), gather)
 
 
 # ---- DataLoaders ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from fastai.vision.all import (
     AvgLoss,
+    AvgSmoothLoss,
     Callback,
     CancelValidException,
     CastToTensor,
@@ -49,6 +50,31 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # ---- Callbacks -----------------------------------------------------------------------------------------------------
 
 
+LOOK_EVERY = 50  # steps on a GPU, which has to finish its work before a number can be looked at
+
+
+def may_look(device: torch.device, step: int) -> bool:
+    """Whether to fetch the loss of this step of an epoch from the device."""
+    return device.type == "cpu" or step % LOOK_EVERY == 0
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's smoothed loss, but it stays on the device."""
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
+class Progress(ProgressCallback):
+    """fastai's progress bar, but on a GPU it moves, and shows the loss, only now and then."""
+
+    def after_batch(self):
+        if may_look(self.dls.device, self.iter):
+            super().after_batch()
+
+
 class EpochRecorder(Recorder):
     """fastai's Recorder with a row (epoch from 1, lr, train loss and accuracy, valid loss and accuracy) per epoch.
 
@@ -61,7 +87,7 @@ class EpochRecorder(Recorder):
 
     def __init__(self):
         super().__init__(train_metrics=True)
-        self.train_loss = AvgLoss()
+        self.train_loss, self.smooth_loss = AvgLoss(), SmoothLoss()
 
     def before_fit(self):
         super().before_fit()
@@ -149,10 +175,9 @@ class StopAtNaN(Callback):
     """Raise `UserError` at the batch whose loss is no finite number, before anything is made of it."""
 
     order, run_valid = Recorder.order + 1, False
-    EVERY = 50  # steps between two looks on a GPU, which has to finish its work for each
 
     def after_batch(self):
-        if self.loss.device.type == "cpu" or self.iter % self.EVERY == 0:
+        if may_look(self.dls.device, self.iter):
             self.look()
 
     def after_train(self):
@@ -208,14 +233,21 @@ class TimeEstimate(Callback):
     SKIP, MEASURE = 2, 6  # steps: the first ones also set things up
 
     def __init__(self, recipe: Recipe, epochs: int, done: int = 0, sweep: int = 0):
-        self.recipe, self.epochs, self.done, self.sweep, self.times = recipe, epochs, done, sweep, []
+        self.recipe, self.epochs, self.done, self.sweep = recipe, epochs, done, sweep
+        self.steps = 0
 
     def after_batch(self):
-        if not self.training or len(self.times) > self.SKIP + self.MEASURE:
+        if not self.training:
             return
-        self.times.append(time.perf_counter())
-        if len(self.times) > self.SKIP + self.MEASURE:
-            step = (self.times[-1] - self.times[self.SKIP]) / self.MEASURE
+        self.steps += 1
+        if self.steps not in (self.SKIP, self.SKIP + self.MEASURE):
+            return
+        if self.dls.device.type == "cuda":
+            torch.cuda.synchronize()  # or the steps would only have been asked for
+        if self.steps == self.SKIP:
+            self.start = time.perf_counter()
+        else:
+            step = (time.perf_counter() - self.start) / self.MEASURE
             recipe, done, epochs = self.recipe, self.done / self.epochs, self.epochs - self.done
             # A validation step has a forward pass only, about a third of the work.
             whole = step * (recipe.sizes[-1][0] / recipe.side(done)) ** 2 / 3
@@ -301,7 +333,7 @@ def get_learner(
             TrainEvalCallback(),
             EpochRecorder(),
             CastToTensor(),
-            ProgressCallback(),
+            Progress(),
             *precision_callbacks(precision, dls.device),
             *([GradientValueClip(clip)] if clip else []),
             *([L1Penalty(l1)] if l1 else []),

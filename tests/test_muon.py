@@ -44,8 +44,17 @@ def test_other_parameters_are_trained_as_by_sgd():
 def test_a_convolutions_step_has_a_length_of_its_own(memory_format):
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 16, 3).to(memory_format=memory_format)
-    before = conv.weight.detach().clone()
+    before = conv.weight.detach() * (4 / conv.weight.norm())
     conv.weight.grad = 1e-6 * torch.randn_like(conv.weight)
     Muon([conv.weight], lr=0.5).step()
     values = torch.linalg.svdvals((conv.weight.detach() - before).flatten(1)) / (0.5 * CONV_LR)
     assert 0.5 < values.median() < 1.3
+
+
+def test_the_weights_of_a_convolution_keep_their_length():
+    conv = nn.Conv2d(8, 16, 3)
+    conv.weight.grad = torch.randn_like(conv.weight)
+    optimizer = Muon([conv.weight], lr=0.01)
+    for _ in range(20):
+        optimizer.step()
+    assert conv.weight.norm().item() == pytest.approx(4, rel=0.01)
