@@ -62,6 +62,25 @@ class Alternate(Callback):
         raise CancelFitException
 
 
+def plain_step(batch: tuple, width: int, precision: str):
+    """A function that trains a ResNet of its own for one step on `batch`, where that is."""
+    device = batch[0].device
+    model = ResNet(width=width).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(decayed_and_not(model), lr=0.01, momentum=MOMENTUM, nesterov=True)
+    loss_func = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
+
+    def step():
+        x, y = batch
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            prediction = model(x)
+        loss = loss_func(prediction.float(), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def measure(bs: int, steps: int, width: int, warmup: int = 2) -> dict:
     """Median seconds a step of ours and of the plain loop, and their ratio, over `steps` steps after `warmup` ones."""
     set_seed(0)
@@ -70,23 +89,10 @@ def measure(bs: int, steps: int, width: int, warmup: int = 2) -> dict:
     dls.vocab = list(range(10))
     learn = get_learner(dls, width=width)
 
-    model = ResNet(width=width).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(decayed_and_not(model), lr=0.01, momentum=MOMENTUM, nesterov=True)
-    loss_func = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
-    bf16 = learn.precision == "bf16"
-
-    def plain_step():
-        x, y = batch
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            prediction = model(x)
-        loss = loss_func(prediction.float(), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    other = plain_step(batch, width, learn.precision)
     times = []
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(1, 0.01, cbs=Alternate(plain_step, times))
+        learn.fit_one_cycle(1, 0.01, cbs=Alternate(other, times))
     ours, plain = (statistics.median(column) for column in zip(*times[warmup:], strict=True))
     return {
         "batch_size": bs, "width": width, "steps": steps, "precision": learn.precision,

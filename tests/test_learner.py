@@ -1,3 +1,4 @@
+import itertools
 import math
 import time
 
@@ -6,11 +7,21 @@ import pytest
 import torch
 from conftest import ROOT, make_images
 from fastai.vision.all import Callback, Learner, load_learner, set_seed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import learner
 from data import get_dls
 from errors import UserError
-from learner import SWEEP, TimeEstimate, ValidateLast, find_lrs, get_learner, resolve_precision, suggest_lrs
+from learner import (
+    SWEEP,
+    StopAtNaN,
+    TimeEstimate,
+    ValidateLast,
+    find_lrs,
+    get_learner,
+    resolve_precision,
+    suggest_lrs,
+)
 from muon import Muon
 from recipes import RECIPES
 from runs import read_csv
@@ -307,6 +318,41 @@ def test_muon_learns(dls):
     learn = get_learner(dls, width=8, recipe="fast")
     learn.fit_one_cycle(12, 0.3)
     assert isinstance(learn.opt.opt, Muon) and learn.recorder.values[-1][4] == 1
+
+
+# ---- What a GPU would have to wait for
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is fetched from a tensor, which on a GPU makes the host wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_few_steps_fetch_a_number_from_the_device(digits, monkeypatch, recipe):
+    counts = []
+    monkeypatch.setattr(learner, "may_look", lambda device, step: step % 10 == 0)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("a copy to the host"))
+    learn = get_learner(digits, width=4, recipe=recipe)
+    with Reads() as reads:
+        learn.fit(1, 0.01, cbs=[StopAtNaN(), Steps(lambda: counts.append(reads.count))])
+    fetched = [after > before for before, after in itertools.pairwise(counts)]  # from the second step
+    assert fetched == [step % 10 == 0 for step in range(1, len(digits.train))]
+
+
+class Steps(Callback):
+    order, run_valid = 1000, False
+
+    def __init__(self, function):
+        self.function = function
+
+    def after_batch(self):
+        self.function()
 
 
 # ---- Time

@@ -13,7 +13,6 @@ from commandline import ROOT, command
 from PIL import Image
 from safetensors.torch import load_file
 
-from model import ResNet
 from runs import read_csv
 
 FILES = {
@@ -171,44 +170,6 @@ def test_a_loss_that_blows_up(shapes, tmp_path):
     assert re.match(r"error: the loss became (nan|inf) in epoch 1, batch \d of 2, .*; train again with a lower", line)
 
 
-def test_the_speed_benchmark(shapes, tmp_path):
-    """benchmarks/speed.py runs and its figures fit together; how large they are is for a quiet machine to say."""
-    tiny = ("--bs", 8, "--width", 4, "--rounds", 1, "--steps", 2, "--out", "speed.json")
-    done = command("benchmarks/speed.py", "--data", shapes, *tiny, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "speed.json").read_text())
-    rates = figures["images_per_second"]
-    assert set(rates) == {"ours", "plain", "stock_fastai"}
-    assert figures["times_plain"] == pytest.approx(rates["ours"] / rates["plain"])
-    assert figures["net_flops_per_second"] == pytest.approx(rates["ours"] * figures["flops_per_image"])
-    assert figures["part_of_limit"] == pytest.approx(
-        figures["net_flops_per_second"] / figures["matrix_flops_per_second"]
-    )
-    assert figures["data_part_of_step"] == pytest.approx(rates["ours"] / figures["data_images_per_second"])
-    assert 0.3 < figures["peak_gib"] < 3 and "aten::convolution_backward" in figures["operators"]
-
-
-def test_the_operations_of_the_net():
-    """Counted by hand: 2 for each weight of a convolution at each place, forward, and twice that backward."""
-    from benchmarks.speed import CONVOLUTIONS, training_flops
-
-    forward = sum(
-        2 * 9 * (inputs * 64 if layer else inputs) * outputs * 64 * side**2
-        for layer, (inputs, outputs, side) in enumerate(CONVOLUTIONS)
-    ) + 2 * 512 * 10  # fmt: skip
-    first = 2 * 9 * 3 * 64 * 32**2  # whose input needs no gradient, which the backward pass of the first layer saves
-    assert training_flops(ResNet()) in (3 * forward, 3 * forward - first)
-
-
-def test_killed_runs_go_on_exactly(tmp_path):
-    """A smaller version of the program's own test; in both records every run was killed and ends identical."""
-    done = command("benchmarks/kill.py", "--runs", 2, "--out", "kill.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for record, runs in ((tmp_path / "kill.json", 2), (ROOT / "results/kill.json", 20)):
-        figures = json.loads(record.read_text())
-        assert figures["runs"] == figures["identical"] == figures["killed"] == len(figures["record"]) == runs
-
-
 def test_the_readmes_repl_lines(tmp_path):
     (lines,) = re.findall(r"```python\n(from train import \*.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     check = "\nassert learn.validate()[1] > 0.9, learn.validate()"
@@ -217,14 +178,3 @@ def test_the_readmes_repl_lines(tmp_path):
         [sys.executable, "-c", lines + check], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_the_bare_loop(tmp_path):
-    """benchmarks/overhead.py runs and measures; its committed figures are within the bound."""
-    done = command("benchmarks/overhead.py", "--bs", 8, "--steps", 4, "--width", 4, "--out", "out.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert (
-        figures["ratio"] == pytest.approx(figures["ours_seconds"] / figures["plain_seconds"]) and figures["ratio"] > 0
-    )
-    assert json.loads((ROOT / "results/overhead.json").read_text())["ratio"] <= 1.05

@@ -1,0 +1,115 @@
+"""The programs that measure: that they run, and that their figures fit together; how large those are is not tested."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from commandline import ROOT, command
+from torch import nn
+
+from benchmarks import choices, gpu
+from benchmarks.speed import CONVOLUTIONS, training_flops
+from model import ResNet
+from recipes import RECIPES
+
+
+def test_the_speed_benchmark(shapes, tmp_path):
+    """benchmarks/speed.py runs and its figures fit together; how large they are is for a quiet machine to say."""
+    tiny = ("--bs", 8, "--width", 4, "--rounds", 1, "--steps", 2, "--out", "speed.json")
+    done = command("benchmarks/speed.py", "--data", shapes, *tiny, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    rates = figures["images_per_second"]
+    assert set(rates) == {"ours", "plain", "stock_fastai"}
+    assert figures["times_plain"] == pytest.approx(rates["ours"] / rates["plain"])
+    assert figures["net_flops_per_second"] == pytest.approx(rates["ours"] * figures["flops_per_image"])
+    assert figures["part_of_limit"] == pytest.approx(
+        figures["net_flops_per_second"] / figures["matrix_flops_per_second"]
+    )
+    assert figures["data_part_of_step"] == pytest.approx(rates["ours"] / figures["data_images_per_second"])
+    assert 0.3 < figures["peak_gib"] < 3 and "aten::convolution_backward" in figures["operators"]
+
+
+def test_the_operations_of_the_net():
+    """Counted by hand: 2 for each weight of a convolution at each place, forward, and twice that backward."""
+    forward = sum(
+        2 * 9 * (inputs * 64 if layer else inputs) * outputs * 64 * side**2
+        for layer, (inputs, outputs, side) in enumerate(CONVOLUTIONS)
+    ) + 2 * 512 * 10  # fmt: skip
+    first = 2 * 9 * 3 * 64 * 32**2  # whose input needs no gradient, which the backward pass of the first layer saves
+    assert training_flops(ResNet()) in (3 * forward, 3 * forward - first)
+
+
+def test_killed_runs_go_on_exactly(tmp_path):
+    """A smaller version of the program's own test; in both records every run was killed and ends identical."""
+    done = command("benchmarks/kill.py", "--runs", 2, "--out", "kill.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for record, runs in ((tmp_path / "kill.json", 2), (ROOT / "results/kill.json", 20)):
+        figures = json.loads(record.read_text())
+        assert figures["runs"] == figures["identical"] == figures["killed"] == len(figures["record"]) == runs
+
+
+def test_the_bare_loop(tmp_path):
+    """benchmarks/overhead.py runs and measures; its committed figures are within the bound."""
+    done = command("benchmarks/overhead.py", "--bs", 8, "--steps", 4, "--width", 4, "--out", "out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert (
+        figures["ratio"] == pytest.approx(figures["ours_seconds"] / figures["plain_seconds"]) and figures["ratio"] > 0
+    )
+    assert json.loads((ROOT / "results/overhead.json").read_text())["ratio"] <= 1.05
+
+
+# ---- Choices
+
+
+def test_a_change_changes_one_thing_for_one_training(shapes, monkeypatch):
+    """A recipe's field and a constant of the code are changed while a net is trained, and are back afterwards."""
+    seen = []
+    monkeypatch.setitem(choices.CHANGES, "faster", (dict(epochs=1, peak_epoch=0.5), []))
+    monkeypatch.setattr(
+        choices, "one_cycle", lambda learn, recipe, *rates: seen.append((recipe, learn.loss_func.func.label_smoothing))
+    )
+    monkeypatch.setattr(choices, "get_dls", partial(choices.get_dls, bs=8))
+    for change in (choices.Change("", dict(optimizer="sgd")), choices.SMOOTHING_OFF):
+        choices.holdout_accuracy("faster", change, shapes, 4, 0)
+    assert seen == [(RECIPES["faster"]._replace(epochs=1, peak_epoch=0.5, optimizer="sgd"), 0.1), (
+        RECIPES["faster"]._replace(epochs=1, peak_epoch=0.5), 0.0,
+    )]  # fmt: skip
+    assert RECIPES["faster"].optimizer == "muon"
+
+
+def test_the_table_of_choices(tmp_path):
+    figures = dict(epochs=5, width=16, seeds=2, command="python x", accuracies={"nothing": [0.8, 0.81], "SGD": [0.79]})
+    choices.save(tmp_path / "choices.json", "faster", figures)
+    choices.save(tmp_path / "choices.json", "assignment", figures | dict(accuracies={"nothing": []}))
+    assert "| SGD | 80.50% | 79.00% | -1.50 |" in (tmp_path / "choices.md").read_text()
+    assert list(json.loads((tmp_path / "choices.json").read_text())) == ["faster", "assignment"]
+
+
+# ---- GPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for minutes")
+def test_without_a_gpu_the_program_says_so(tmp_path):
+    done = command("benchmarks/gpu.py", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "CUDA GPU" in done.stderr
+
+
+def test_the_steps_of_the_gpu_benchmark(digits, monkeypatch):
+    figures = gpu.step_figures(digits, width=4, steps=3, rounds=1)
+    assert figures["ratio"] == pytest.approx(figures["ours_ms"] / figures["bare_ms"]) and figures["bare_ms"] > 0
+    assert figures["data_share"] == pytest.approx(figures["data_ms"] / figures["ours_ms"]) and figures["data_ms"] > 0
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    figures = gpu.compiled_figures(digits, width=4, steps=3, rounds=1)
+    assert figures["times_as_fast"] == pytest.approx(figures["off_ms"] / figures["on_ms"])
+
+
+def test_the_trainings_of_the_gpu_benchmark(digits, monkeypatch):
+    monkeypatch.setitem(RECIPES, "faster", RECIPES["faster"]._replace(epochs=1, peak_epoch=0.2))
+    results = [gpu.whole_training(digits, "faster", seed, width=4) for seed in (0, 0, 1)]
+    seconds, accuracies = map(list, zip(*results))
+    assert accuracies[0] == accuracies[1] != accuracies[2]
+    assert gpu.summary(seconds)["mean"] == pytest.approx(sum(seconds) / 3)
+    assert gpu.summary(seconds[:1])["standard_deviation"] is None
