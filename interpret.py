@@ -10,7 +10,7 @@ import numpy as np
 import sklearn.metrics as skm
 import torch
 from fastai.callback.hook import hook_outputs
-from fastai.vision.all import ClassificationInterpretation, Learner
+from fastai.vision.all import Callback, ClassificationInterpretation, Learner
 from fastcore.script import call_parse
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from data import get_dls, printable
 from errors import command_line
 from files import write
 from learner import LRCurve
-from runs import load_run, read_config, read_csv, save_figure
+from runs import load_run, read_config, read_csv, save_figure, write_json
 
 MISCLASSIFIED = 20  # the assignment asks for 20
 EXPLAINED = 10  # of them get a Grad-CAM
@@ -99,6 +99,19 @@ class Interpretation(ClassificationInterpretation):
     def caption(self, row: int, kind: str) -> str:
         label = self.targs[row] if kind == "actual" else self.decoded[row]
         return f"{kind} {self.vocab[label]} {self.preds[row, label]:.0%}"
+
+
+class MirrorImages(Callback):
+    """Show the model every image the other way round."""
+
+    def before_batch(self):
+        self.learn.xb = (self.x.flip(-1),)
+
+
+def two_view_accuracy(interp: Interpretation) -> float:
+    """Accuracy of the mean of the probabilities that each image and its mirror image get."""
+    mirrored, _ = interp.learn.get_preds(dl=interp.dl, cbs=MirrorImages())
+    return ((interp.preds + mirrored).argmax(dim=1) == interp.targs).double().mean().item()
 
 
 # ---- Pictures ------------------------------------------------------------------------------------------------------
@@ -266,6 +279,7 @@ def interpret(learn: Learner, run: str | Path) -> Interpretation:
 @command_line
 def main(
     run: str,  # folder of a finished run
+    two_views: bool = False,  # also say how many are right if each image's mirror image is asked about, too
 ):
     "Make the pictures and the report of a finished run again."
     config = read_config(run)
@@ -273,3 +287,7 @@ def main(
     learn = load_run(run, get_dls(options["data"], options["batch_size"], options["valid"]))
     interp = interpret(learn, run)
     print(f"{run}: {interp.accuracy:.2%} of {len(interp.targs):,} images right; pictures and report.md written")
+    if two_views:
+        accuracy = two_view_accuracy(interp)
+        write_json(Path(run) / "two_views.json", {"accuracy": accuracy})
+        print(f"With each image's mirror image as a second view: {accuracy:.2%}")

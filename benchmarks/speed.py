@@ -251,6 +251,7 @@ def main(
     for name, value in figures["images_per_second"].items():
         print(f"| {name} | {value:.1f} | {step[name] / step['ours']:.2f} × as fast |")
     print(f"the limit: {figures['part_of_limit']:.1%} of {max(rates) / 1e9:.0f} GFLOP/s in matrix products")
+    print("a step: " + ", ".join(f"{part:.1%} {name}" for name, part in figures["operators"].items()))
     print(f"data: {figures['data_images_per_second']:,.0f} images/s, {figures['data_part_of_step']:.2%} of a step")
     print(f"memory: {memory:.2f} GiB at most")
     if out:

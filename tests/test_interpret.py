@@ -23,6 +23,7 @@ from interpret import (
     plot_lr_curve,
     plot_misclassified,
     report,
+    two_view_accuracy,
 )
 from learner import LRCurve, get_learner, suggest_lrs
 from model import ResNet
@@ -230,3 +231,13 @@ def test_lr_curve_picture():
         label.startswith("lr_max = ") for label in labels
     )
     check_figure()
+
+
+def test_two_views(interp):
+    """The mean of the two views' probabilities, as by hand; the Learner is left as it was."""
+    images = interp.images(torch.arange(len(interp.targs)))[0]
+    with torch.no_grad():
+        views = [interp.learn.model.eval()(x).softmax(dim=1) for x in (images, images.flip(-1))]
+    accuracy = (sum(views).argmax(dim=1) == interp.targs).double().mean().item()
+    assert two_view_accuracy(interp) == accuracy != interp.accuracy
+    assert not hasattr(interp.learn, "mirror_images")

@@ -77,8 +77,9 @@ def test_interpret_makes_the_pictures_again(run):
     before = {name: (folder / name).read_bytes() for name in pictures}
     for name in pictures:
         (folder / name).unlink()
-    done = command("interpret.py", folder, cwd=folder)
+    done = command("interpret.py", folder, "--two_views", cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert 0 <= json.loads((folder / "two_views.json").read_text())["accuracy"] <= 1
     assert {name: (folder / name).read_bytes() for name in pictures} == before
 
 
