@@ -351,6 +351,7 @@ class ImageTable:
 
         Exact: every one of the 256 values is counted, per channel.
         """
+        rows = torch.as_tensor(rows, device="cpu")
         levels = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in range(3):

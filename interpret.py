@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data import get_dls, printable
-from errors import command_line
+from errors import UserError, command_line
 from files import write
 from learner import LRCurve
 from runs import load_run, read_config, read_csv, save_figure, write_json
@@ -279,12 +279,14 @@ def interpret(learn: Learner, run: str | Path) -> Interpretation:
 @command_line
 def main(
     run: str,  # folder of a finished run
-    two_views: bool = False,  # also say how many are right if each image's mirror image is asked about, too
+    two_views: bool = False,  # with each image's mirror image as a second view, too, into two_views.json
 ):
     "Make the pictures and the report of a finished run again."
     config = read_config(run)
     options = config["options"]
     learn = load_run(run, get_dls(options["data"], options["batch_size"], options["valid"]))
+    if two_views and learn.dls.train.table.is_digits:
+        raise UserError("a digit's mirror image is no digit; leave out --two_views")
     interp = interpret(learn, run)
     print(f"{run}: {interp.accuracy:.2%} of {len(interp.targs):,} images right; pictures and report.md written")
     if two_views:

@@ -68,11 +68,13 @@ class SmoothLoss(AvgSmoothLoss):
 
 
 class Progress(ProgressCallback):
-    """fastai's progress bar, but on a GPU it moves, and shows the loss, only now and then."""
+    """fastai's progress bar, but on a GPU it shows the loss only now and then."""
 
     def after_batch(self):
         if may_look(self.dls.device, self.iter):
             super().after_batch()
+        else:
+            self.pbar.update(self.iter + 1)
 
 
 class EpochRecorder(Recorder):
@@ -115,9 +117,9 @@ class EpochRecorder(Recorder):
         super().after_batch()
 
     def after_train(self):
-        self.train_seconds += time.time() - self.start_train
         self.log.append(float(self.opt.hypers[-1]["lr"]))
-        super().after_train()
+        super().after_train()  # fetches the sums, so that a GPU is done
+        self.train_seconds += time.time() - self.start_train
 
     def after_validate(self):
         super().after_validate()

@@ -29,11 +29,11 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for convolutions, SGD with Nesterov momentum and weight decay for all other parameters.
 
-    A convolution's momentum `(out, in, h, w)` is orthogonalised as the matrix `(out, in·h·w)`. Its weights are kept at
-    the length √out, which a normalisation layer behind it makes up for. An update has about that length, too, so its
-    learning rate, `CONV_LR` times that of the others, is by what part of themselves the weights change in a step.
-    `torch.optim.Muon` takes matrices only. Source: Jordan et al., "Muon: An optimizer for hidden layers in neural
-    networks", 2024, and Jordan's CIFAR-10 record, whose weights keep their length as well.
+    A convolution's momentum `(out, in, h, w)` is orthogonalised as the matrix `(out, in·h·w)`. Its weights are
+    brought back to the length √out before each update, which the normalisation layer behind it makes up for. An update
+    has about that length, too, so the learning rate of convolutions, `CONV_LR` times that of the others, is the
+    relative size of a step. `torch.optim.Muon` takes matrices only. Source: Jordan et al., "Muon: An optimizer for
+    hidden layers in neural networks", 2024, and Jordan's CIFAR-10 record, whose weights keep their length as well.
     """
 
     def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 0.0):
@@ -55,6 +55,6 @@ class Muon(torch.optim.Optimizer):
                 update = gradient.add(buffer, alpha=momentum)
                 if is_conv:
                     out, inputs = len(p), p[0].numel()
-                    p.mul_(out**0.5 / p.norm())
+                    p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
                     update = orthogonalised(update.flatten(1)).view_as(p) * (CONV_LR * max(1, out / inputs) ** 0.5)
                 p.add_(update, alpha=-lr)

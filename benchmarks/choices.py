@@ -1,4 +1,4 @@
-"""What each choice is worth on images that are held out of training: `python benchmarks/choices.py --recipe faster`
+"""What each choice is worth on images that are held out of training: `python benchmarks/choices.py faster`
 
 Every line of its table is a recipe of which one thing is changed. A net of a quarter of the usual width is trained from
 scratch on nine tenths of the training images and asked about the other tenth; the test split is left alone. As many
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from augment import RandomCrop
 from data import get_dls
+from errors import command_line
 from files import write
 from learner import ValidateLast, get_learner
 from recipes import RECIPES, Recipe
@@ -98,7 +99,11 @@ def holdout_accuracy(name: str, change: Change, data: str, width: int, seed: int
 def table(recipe: str, figures: dict) -> str:
     """The figures of a recipe's changes as a table in Markdown."""
     seeds = figures["seeds"]
-    means = {words: statistics.mean(values) for words, values in figures["accuracies"].items() if values}
+    means = {
+        words: statistics.mean(by_seed.values())
+        for words, by_seed in figures["accuracies"].items()
+        if len(by_seed) == seeds
+    }
     before = means.pop(UNCHANGED, None)
     lines = [
         f"## `{recipe}`",
@@ -124,6 +129,7 @@ def save(out: Path, recipe: str, figures: dict):
 
 
 @call_parse
+@command_line
 def main(
     recipe: Annotated[str, {"choices": list(CHANGES)}],  # whose choices are compared
     data: str = "cifar10",  # as of train.py
@@ -138,21 +144,26 @@ def main(
         epochs=before.get("epochs", RECIPES[recipe].epochs),
         width=width,
         seeds=seeds,
-        command=f"python benchmarks/choices.py {recipe} --width {width} --seeds {seeds} --out {out}",
-        accuracies={change.words: [] for change in changes},
+        command=f"python benchmarks/choices.py {recipe} --data {data} --width {width} --seeds {seeds}",
+        accuracies={change.words: {} for change in changes},
         **surroundings(),
     )
     get_dls(data)  # decodes the images once, before all processes want them
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         trainings = {
-            pool.submit(holdout_accuracy, recipe, change, data, width, seed): change.words
+            pool.submit(holdout_accuracy, recipe, change, data, width, seed): (change.words, seed)
             for seed in range(seeds)
             for change in changes
         }
-        for done, training in enumerate(as_completed(trainings), 1):
-            figures["accuracies"][trainings[training]].append(training.result())
-            print(f"{done} of {len(trainings)}: {trainings[training]}, {training.result():.2%}", flush=True)
-            if out:
-                save(Path(out), recipe, figures)
+        try:
+            for done, training in enumerate(as_completed(trainings), 1):
+                (words, seed), accuracy = trainings[training], training.result()
+                figures["accuracies"][words][str(seed)] = accuracy
+                print(f"{done} of {len(trainings)}: {words}, {accuracy:.2%}")
+                if out:
+                    save(Path(out), recipe, figures)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or the others would be trained before anybody heard of it
+            raise
     print(table(recipe, figures))

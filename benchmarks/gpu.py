@@ -1,11 +1,12 @@
-"""What a CUDA GPU makes of all this, measured in one go: `python benchmarks/gpu.py --out results/gpu.json`
+"""What a CUDA GPU makes of all this, measured in one go: `python benchmarks/gpu.py --data cifar10.tgz --out gpu.json`
 
 First a training step: ours, with loading and augmentation, against a bare PyTorch loop over one batch that is already
 there, with the same model, precision and batch size; what loading and augmentation take alone; how often the host waits
-for the GPU; what `torch.compile` changes. Then whole trainings by each recipe from several seeds. It needs no network,
-and begins no training that would end after the time given.
+for the GPU. Then whole trainings by each recipe from several seeds. Last, what `torch.compile` changes. Nothing begins
+that would probably end after the time given.
 """
 
+import gc
 import statistics
 import sys
 import time
@@ -28,6 +29,9 @@ from runs import surroundings, write_json
 
 LR = 0.01
 WARM_UP = 5  # steps before each measurement
+BETWEEN_LOOKS = LOOK_EVERY - WARM_UP - 1  # steps after those in which nothing should make the host wait
+WAIT = "called a synchronizing"  # PyTorch's warning
+COMPILING = 120  # seconds to keep for torch.compile, about
 
 
 def now(device: torch.device) -> float:
@@ -40,8 +44,8 @@ def now(device: torch.device) -> float:
 # ---- A training step -----------------------------------------------------------------------------------------------
 
 
-class Stretch(Callback):
-    """Measure so many training steps in a row, after those to warm up, and end."""
+class TimeSteps(Callback):
+    """Measure so many training steps in a row, after those to warm up, and end: `begin` and `end` are called there."""
 
     order, run_valid = 1000, False
 
@@ -62,8 +66,8 @@ class Stretch(Callback):
         self.seconds += now(self.dls.device)
 
 
-class CountWaits(Stretch):
-    """Count the calls that make the host wait for the GPU, and where they are made."""
+class WarnOfWaits(TimeSteps):
+    """Have PyTorch warn of each call that makes the host wait for the GPU."""
 
     def begin(self):
         torch.cuda.set_sync_debug_mode("warn")
@@ -74,14 +78,14 @@ class CountWaits(Stretch):
 
 def our_step(learn: Learner, steps: int) -> float:
     """Seconds of a step of a Learner, with its data, its progress bar and its records."""
-    learn.fit(1, LR, cbs=(stretch := Stretch(steps)))
-    return stretch.seconds / steps
+    learn.fit(1, LR, cbs=(timer := TimeSteps(steps)))
+    return timer.seconds / steps
 
 
 def bare_step(learn: Learner, width: int, steps: int) -> float:
     """Seconds of a step of a bare loop over one batch of the Learner's."""
     batch = tuple(t.as_subclass(torch.Tensor) for t in learn.dls.train.one_batch())
-    step = plain_step(batch, width, learn.precision)
+    step = plain_step(batch, len(learn.dls.vocab), width, learn.precision)
     for _ in range(WARM_UP):
         step()
     begin = now(learn.dls.device)
@@ -100,12 +104,15 @@ def data_step(dls: DataLoaders, steps: int) -> float:
     return (now(dls.device) - begin) / steps
 
 
-def waits(learn: Learner, steps: int) -> dict[str, int]:
-    """Where the host waited for the GPU in so many training steps → how often. Needs CUDA."""
+def waits(learn: Learner) -> dict[str, int]:
+    """Where the host waits for the GPU in the steps between two looks at the loss → how often. Needs CUDA."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        learn.fit(1, LR, cbs=CountWaits(steps))
-    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+        try:
+            learn.fit_one_cycle(1, LR, cbs=WarnOfWaits(BETWEEN_LOOKS))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = ["/".join([*Path(w.filename).parts[-2:], str(w.lineno)]) for w in caught if WAIT in str(w.message)]
     return {place: places.count(place) for place in sorted(set(places))}
 
 
@@ -153,13 +160,54 @@ def whole_training(dls: DataLoaders, name: str, seed: int, width: int) -> tuple[
         lr_min, lr_max = curve.lr_min, curve.lr_max
     else:
         lr_min, lr_max = recipe.lr_max / 100, recipe.lr_max
-    accuracy = one_cycle(learn, recipe, lr_min, lr_max)
+    with learn.no_logging():
+        accuracy = one_cycle(learn, recipe, lr_min, lr_max)
     return now(dls.device) - begin, accuracy
 
 
-def summary(values: list[float]) -> dict:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return dict(mean=statistics.mean(values), standard_deviation=spread, values=values)
+def figures_of(trainings: list[tuple[float, float]]) -> dict:
+    """Mean, standard deviation and all values of seconds and accuracy."""
+    figures = {"seeds": len(trainings)}
+    for quantity, values in zip(("seconds", "accuracy"), zip(*trainings, strict=True), strict=True):
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        figures[quantity] = dict(mean=statistics.mean(values), standard_deviation=spread, values=list(values))
+    return figures
+
+
+def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, end: float, out: str):
+    """Measure everything, until `end` of the performance counter at most, and note each figure in `out` at once."""
+    figures = surroundings()
+
+    def note(name: str, value):
+        figures[name] = value
+        print(f"{name}: {value}")
+        if out:
+            write_json(Path(out), figures)
+
+    set_seed(0, reproducible=True)
+    note("step", step_figures(dls, width, steps, rounds))
+    note("waits", {name: waits(get_learner(dls, recipe=name, width=width)) for name in RECIPES})
+    results = {name: [] for name in RECIPES}
+    epoch = len(dls.train) * figures["step"]["ours_ms"] / 1000
+    expected = {name: 1.5 * epoch * recipe.epochs for name, recipe in RECIPES.items()}
+    for name in [name for _ in range(seeds) for name in RECIPES]:
+        if time.perf_counter() + expected[name] > end:
+            print(f"no time is left for another training by {name}")
+            continue
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            results[name].append(whole_training(dls, name, len(results[name]), width))
+        except UserError as reason:  # from the LR finder
+            note(f"{name} failed", str(reason))
+            continue
+        expected[name] = max(seconds for seconds, _ in results[name])
+        note(name, figures_of(results[name]) | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30})
+    if time.perf_counter() + COMPILING < end:
+        try:
+            note("compile", compiled_figures(dls, width, steps, rounds))
+        except Exception as reason:  # of a compiler that isn't ours
+            note("compile", f"failed: {type(reason).__name__}: {str(reason)[:300]}")
 
 
 @call_parse
@@ -169,39 +217,15 @@ def main(
     steps: int = 60,  # of each way in a round, all in one epoch
     rounds: int = 5,  # in which the ways take turns
     seeds: int = 5,  # trainings by each recipe
-    minutes: float = 9.0,  # after which no more begins
+    width: int = 64,  # of the ResNet
+    minutes: float = 9.0,  # for everything
     out: str = "",  # JSON file for the figures
 ):
     "Measure steps and whole trainings on a CUDA GPU."
-    begin = time.perf_counter()
+    end = time.perf_counter() + 60 * minutes
     if not torch.cuda.is_available():
         raise UserError("this program measures a CUDA GPU, and there is none that PyTorch can use here")
-    dls, width = get_dls(data), 64
-    set_seed(0, reproducible=True)
-    figures = surroundings() | dict(step=step_figures(dls, width, steps, rounds))
-    figures["waits"] = waits(get_learner(dls), LOOK_EVERY - WARM_UP - 1)
-    figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    print(figures["step"], figures["waits"], flush=True)
-    trainings = figures["trainings"] = {name: {} for name in RECIPES}
-    longest = dict.fromkeys(RECIPES, 0.0)
-    results = {name: [] for name in RECIPES}
-    for seed in range(seeds):
-        for name in RECIPES:
-            if time.perf_counter() - begin + longest[name] > 60 * minutes:
-                print(f"no time is left for seed {seed} of {name}")
-                continue
-            results[name].append(whole_training(dls, name, seed, width))
-            seconds, accuracies = map(list, zip(*results[name], strict=True))
-            longest[name] = max(seconds)
-            trainings[name] = dict(seeds=len(seconds), seconds=summary(seconds), accuracy=summary(accuracies))
-            print(f"{name}, seed {seed}: {seconds[-1]:.1f} s, {accuracies[-1]:.2%}", flush=True)
-            if out:
-                write_json(Path(out), figures)
-    if time.perf_counter() - begin < 60 * minutes:  # last, because it may take long, or not work at all
-        try:
-            figures["compile"] = compiled_figures(dls, width, steps, rounds)
-        except Exception as reason:  # of a compiler that isn't ours
-            figures["compile"] = f"failed: {type(reason).__name__}"
-        print(f"torch.compile: {figures['compile']}")
-        if out:
-            write_json(Path(out), figures)
+    dls = get_dls(data)
+    if WARM_UP + max(steps, BETWEEN_LOOKS) > len(dls.train):
+        raise UserError(f"an epoch of {dls.train.table.name} has {len(dls.train)} steps, too few to measure")
+    measure(dls, steps, rounds, seeds, width, end, out)

@@ -62,10 +62,10 @@ class Alternate(Callback):
         raise CancelFitException
 
 
-def plain_step(batch: tuple, width: int, precision: str):
+def plain_step(batch: tuple, classes: int, width: int, precision: str):
     """A function that trains a ResNet of its own for one step on `batch`, where that is."""
     device = batch[0].device
-    model = ResNet(width=width).to(device, memory_format=torch.channels_last).train()
+    model = ResNet(classes, width=width).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(decayed_and_not(model), lr=0.01, momentum=MOMENTUM, nesterov=True)
     loss_func = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
 
@@ -89,7 +89,7 @@ def measure(bs: int, steps: int, width: int, warmup: int = 2) -> dict:
     dls.vocab = list(range(10))
     learn = get_learner(dls, width=width)
 
-    other = plain_step(batch, width, learn.precision)
+    other = plain_step(batch, 10, width, learn.precision)
     times = []
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1, 0.01, cbs=Alternate(other, times))

@@ -1,4 +1,4 @@
-"""How fast we train: against other ways, and against the machine's limit. `python benchmarks/speed.py`
+"""How fast we train on a CPU: against other ways, and against the machine's limit. `python benchmarks/speed.py`
 
 In one process, in turn, a few steps of each: our Learner; a plain PyTorch loop as people write it (fp32, contiguous
 tensors, torchvision's transforms of one image after the other in a DataLoader with workers); fastai as its tutorials
@@ -196,7 +196,7 @@ def peak_gib(data: str, bs: int, width: int) -> float:
     code = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}\n"
         "import speed\n"
-        f"learn = speed.get_learner(speed.get_dls({data!r}, {bs}), width={width})\n"
+        f"learn = speed.get_learner(speed.get_dls({data!r}, {bs}, device='cpu'), width={width})\n"
         "speed.steps_of(learn, 3); learn.validate()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
@@ -215,7 +215,7 @@ def main(
     "Compare our training with other ways and with the machine's limit."
     set_seed(0)
     memory = peak_gib(data, bs, width)
-    dls = get_dls(data, bs)
+    dls = get_dls(data, bs, device="cpu")
     learn, plain, stock = get_learner(dls, width=width), PlainLoop(dls, width), stock_fastai(dls, width)
     ways = {
         "ours": lambda: steps_of(learn, steps),

@@ -1,6 +1,7 @@
 """The programs that measure: that they run, and that their figures fit together; how large those are is not tested."""
 
 import json
+import time
 from functools import partial
 
 import pytest
@@ -81,10 +82,17 @@ def test_a_change_changes_one_thing_for_one_training(shapes, monkeypatch):
 
 
 def test_the_table_of_choices(tmp_path):
-    figures = dict(epochs=5, width=16, seeds=2, command="python x", accuracies={"nothing": [0.8, 0.81], "SGD": [0.79]})
+    figures = dict(
+        epochs=5,
+        width=16,
+        seeds=2,
+        command="python x",
+        accuracies={"nothing": {"0": 0.8, "1": 0.81}, "SGD": {"0": 0.79, "1": 0.78}, "not done": {"0": 0.5}},
+    )
     choices.save(tmp_path / "choices.json", "faster", figures)
-    choices.save(tmp_path / "choices.json", "assignment", figures | dict(accuracies={"nothing": []}))
-    assert "| SGD | 80.50% | 79.00% | -1.50 |" in (tmp_path / "choices.md").read_text()
+    choices.save(tmp_path / "choices.json", "assignment", figures | dict(accuracies={"nothing": {}}))
+    text = (tmp_path / "choices.md").read_text()
+    assert "| SGD | 80.50% | 78.50% | -2.00 |" in text and "not done" not in text
     assert list(json.loads((tmp_path / "choices.json").read_text())) == ["faster", "assignment"]
 
 
@@ -109,7 +117,34 @@ def test_the_steps_of_the_gpu_benchmark(digits, monkeypatch):
 def test_the_trainings_of_the_gpu_benchmark(digits, monkeypatch):
     monkeypatch.setitem(RECIPES, "faster", RECIPES["faster"]._replace(epochs=1, peak_epoch=0.2))
     results = [gpu.whole_training(digits, "faster", seed, width=4) for seed in (0, 0, 1)]
-    seconds, accuracies = map(list, zip(*results))
-    assert accuracies[0] == accuracies[1] != accuracies[2]
-    assert gpu.summary(seconds)["mean"] == pytest.approx(sum(seconds) / 3)
-    assert gpu.summary(seconds[:1])["standard_deviation"] is None
+    figures = gpu.figures_of(results)
+    assert figures["seeds"] == 3 and figures["accuracy"]["values"] == [accuracy for _, accuracy in results]
+    accuracies = figures["accuracy"]["values"]
+    assert accuracies[0] == accuracies[1] != accuracies[2] and figures["accuracy"]["standard_deviation"] > 0
+    assert figures["seconds"]["mean"] == pytest.approx(sum(seconds for seconds, _ in results) / 3)
+    assert gpu.figures_of(results[:1])["seconds"]["standard_deviation"] is None
+
+
+def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, monkeypatch):
+    """From its first step to its last, so that it doesn't fail on a GPU that is at hand for minutes only."""
+    modes, out = [], tmp_path / "gpu.json"
+
+    def fail(model):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(nn.Module, "compile", fail)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(gpu, "BETWEEN_LOOKS", 4)
+    for name, recipe in RECIPES.items():
+        monkeypatch.setitem(RECIPES, name, recipe._replace(epochs=1, peak_epoch=0.2, lr_max=recipe.lr_max or 0.1))
+    gpu.measure(digits, steps=3, rounds=1, seeds=2, width=4, end=time.perf_counter() + 600, out=str(out))
+    figures = json.loads(out.read_text())
+    assert figures["step"]["ratio"] > 0 and "no compiler" in figures["compile"]
+    assert figures["waits"] == {name: {} for name in RECIPES} and modes == ["warn", "default", "default"] * 3
+    for name in RECIPES:
+        assert figures[name]["seeds"] == len(figures[name]["accuracy"]["values"]) == 2
+        assert figures[name]["peak_memory_gib"] == 1
+    gpu.measure(digits, steps=3, rounds=1, seeds=2, width=4, end=time.perf_counter(), out=str(out))
+    assert not {"compile", *RECIPES} & set(json.loads(out.read_text()))
