@@ -12,14 +12,19 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_figures_equal_their_files():
-    ours = json.loads((ROOT / "results/cifar10-3-epochs/metrics.json").read_text())
+    fast, short = (
+        json.loads((ROOT / f"results/{run}/metrics.json").read_text()) for run in ("cifar10-fast", "cifar10-3-epochs")
+    )
     notebook = read_csv(ROOT / "results/notebook/log.csv")["test_accuracy_percent"]
     rows = re.findall(r"\| (\d+) \| ([\d.]+) % \| \[(\w+\.\w+)\]", README)
     assert rows == [
-        (str(ours["epochs"]), f"{100 * ours['accuracy']:.2f}", "metrics.json"),
+        *((str(run["epochs"]), f"{100 * run['accuracy']:.2f}", "metrics.json") for run in (fast, short)),
         ("3", f"{notebook[2]:.2f}", "log.csv"),
         ("24", f"{notebook[23]:.2f}", "log.csv"),
     ]
+    two_views = json.loads((ROOT / "results/cifar10-fast/two_views.json").read_text())
+    assert f"`fast` gets {100 * two_views['accuracy']:.2f} % right" in README
+    assert f"{100 * fast['accuracy']:.2f} % by [`--recipe fast`](#recipes) in {fast['epochs']} epochs" in README
     overhead = json.loads((ROOT / "results/overhead.json").read_text())
     assert f"{overhead['ratio']:.3f} ×" in README
     speed = json.loads((ROOT / "results/speed.json").read_text())
