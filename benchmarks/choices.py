@@ -58,13 +58,13 @@ CHANGES: dict[str, tuple[dict[str, Any], list[Change]]] = {
         {},
         [
             Change("SGD for all parameters", dict(optimizer="sgd")),
-            Change("whole images from the start", dict(sizes=((32, 1.0),))),
-            Change("rates up to 0.6", dict(lr_max=0.6)),
             Change("rates up to 0.15", dict(lr_max=0.15)),
+            Change("rates up to 0.6", dict(lr_max=0.6)),
             SMOOTHING_OFF,
             Change("small images shorter", dict(sizes=((16, 0.4), (24, 0.7), (32, 1.0)))),
             Change("highest rate at the end of epoch 2", dict(peak_epoch=2)),
             Change("down to a hundredth of the rate", dict(annihilate=False)),
+            Change("whole images from the start", dict(sizes=((32, 1.0),))),
         ],
     ),
 }
