@@ -362,17 +362,18 @@ class LRCurve(NamedTuple):
 SWEEP = dict(start_lr=1e-3, end_lr=3.0, num_it=50)  # from where nothing happens yet to where every net diverges
 SMOOTHING = 5  # steps that are averaged, two on either side
 BLOW_UP = 1.1  # times the loss at the start: from there on a curve tells nothing more about good rates
-MARGIN = 3  # rates from a third of the one that blew up count as part of the blow-up
+MARGIN = 3  # a third of the rate that blows up is the highest that a net can be trained with
 
 
 def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, dict[str, float]]:
     """`(lr_min, lr_max, suggestions)` from the losses of an LR sweep with rising rates.
 
-    The curve is smoothed and ends before its first blow-up. On what is left, three of fastai's functions make their
-    suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and `valley`. Then
+    The curve is smoothed and ends at a third of the LR of its first blow-up, or of its last LR. On what is left, three
+    of fastai's functions make their suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and
+    `valley`. Then
 
-    - lr_max is the LR with the lowest loss, ten times `minimum`: one cycle passes it quickly, and a higher one already
-      does harm;
+    - lr_max is the highest LR that is left. The LR with the lowest loss is a cautious choice: the higher ones raise
+      the loss of an untrained net only for a few steps, and keep a net that is trained for long from overfitting;
     - lr_min is a tenth of the lowest of the three: safe to start from, and, where the LR isn't annihilated, small
       enough to end with.
 
@@ -380,15 +381,16 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     """
     smooth = uniform_filter1d(np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf), SMOOTHING, mode="nearest")
     bad = np.flatnonzero(~(smooth <= BLOW_UP * smooth[0]))
-    end = len(lrs) if not len(bad) else int(np.searchsorted(lrs, lrs[bad[0]] / MARGIN))
+    blow_up = lrs[bad[0]] if len(bad) else lrs[-1]
+    end = int(np.searchsorted(lrs, blow_up / MARGIN))
     if end < 10:
         raise UserError(
-            f"the loss blows up at a learning rate of {lrs[bad[0]]:.2g} already, which leaves nothing to suggest;"
+            f"the loss blows up at a learning rate of {blow_up:.2g} already, which leaves nothing to suggest;"
             " give --lr_max and --lr_min"
         )
     x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])
     suggestions = {function.__name__: float(function(x, y, end)[0]) for function in (minimum, steep, valley)}
-    return min(suggestions.values()) / 10, 10 * suggestions["minimum"], suggestions
+    return min(suggestions.values()) / 10, lrs[end - 1], suggestions
 
 
 def find_lrs(learn: Learner) -> LRCurve:
