@@ -141,9 +141,9 @@ class CPUMixedPrecision(MixedPrecision):
     def __init__(self):
         super().__init__(amp_mode="bf16")
 
-    def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    def before_fit(self):  # without fastai's, which warns that there is no GPU
+        self.autocast, self.scales = torch.autocast("cpu", dtype=torch.bfloat16), L()
+        self.learn.scaler = torch.amp.GradScaler("cpu", enabled=False)  # bfloat16 reaches as far as float32
 
 
 class GradientValueClip(Callback):

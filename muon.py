@@ -11,19 +11,22 @@ CONV_LR = 0.2  # of the learning rate for the other parameters, so that one sche
 def orthogonalised(matrix: Tensor) -> Tensor:
     """The matrix with its singular values brought near 1, or, if they are tiny, nearer: `(m, n)` → the same shape.
 
-    That takes a few steps of Newton-Schulz iteration, and no decomposition.
-
-    It is computed in bfloat16 on a GPU, and in the matrix's own type on a CPU.
+    That takes a few steps of Newton-Schulz iteration, and no decomposition. All steps are polynomials of the same small
+    square, the matrix times its transpose, so they are multiplied there, and the matrix itself is touched only twice.
+    On a GPU these two products are computed in bfloat16.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
     if matrix.shape[0] > matrix.shape[1]:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+        return orthogonalised(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    x = x.bfloat16() if x.is_cuda else x
+    square = (x @ x.T).float()
+    identity = torch.eye(len(x), device=x.device)
     a, b, c = NS_COEFFICIENTS
+    steps = identity
     for _ in range(NS_STEPS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+        step = a * identity + b * square + c * square @ square
+        steps, square = step @ steps, step @ square @ step
+    return (steps.to(x.dtype) @ x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
