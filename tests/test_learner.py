@@ -47,7 +47,7 @@ def curve(name: str) -> tuple[list[float], list[float]]:
     return columns["lr"], columns["loss"]
 
 
-HEALTHY = ("results/cifar10-3-epochs/lr_find.csv", "tests/curves/cifar10_width32.csv")
+HEALTHY = ("results/cifar10-assignment/lr_find.csv", "tests/curves/cifar10_width32.csv")
 
 
 @pytest.mark.parametrize("name", HEALTHY)
