@@ -36,19 +36,19 @@ ASSIGNMENT = Recipe(
     validate="each",
 )
 
-# For people without a GPU: small images first, because a step on 16×16 takes a quarter of the time; Muon, which is
-# meant to need fewer steps; down to a rate near zero, which leaves no noise; one validation, at the end.
+# For people without a GPU: small images first, because a step on 24×24 takes little more than half the time; Muon, which
+# needs fewer steps; down to a rate near zero, which leaves no noise; one validation, at the end.
 FAST = Recipe(
-    epochs=10,
-    peak_epoch=2,
-    lr_max=0.3,
+    epochs=20,
+    peak_epoch=4,
+    lr_max=0.6,
     annihilate=True,
     optimizer="muon",
-    sizes=((16, 0.4), (24, 0.7), (32, 1.0)),
+    sizes=((24, 0.5), (32, 1.0)),
     validate="last",
 )
 
-# For people without patience: the same, shorter, and longer on small images.
-FASTER = FAST._replace(epochs=5, peak_epoch=1, sizes=((16, 0.6), (24, 0.88), (32, 1.0)))
+# For people without patience: the same in a quarter of the time.
+FASTER = FAST._replace(epochs=5, peak_epoch=1)
 
 RECIPES = {"assignment": ASSIGNMENT, "fast": FAST, "faster": FASTER}
