@@ -28,6 +28,7 @@ from data import get_dls
 from errors import command_line
 from files import write
 from learner import ValidateLast, get_learner
+from muon import CONV_LR
 from recipes import RECIPES, Recipe
 from runs import surroundings, write_json
 
@@ -44,10 +45,11 @@ SMOOTHING_OFF = Change("labels not smoothed", {}, ("learner.LABEL_SMOOTHING", 0.
 # What is compared: a recipe's name → what it is changed to first, because 24 epochs are too many for this; the changes.
 CHANGES: dict[str, tuple[dict[str, Any], list[Change]]] = {
     "assignment": (
-        dict(epochs=3, peak_epoch=0.625, lr_max=0.3),
+        dict(epochs=6, peak_epoch=1.25, lr_max=0.3),
         [
             Change("rates up to 0.1", dict(lr_max=0.1)),
             Change("rates up to 0.6", dict(lr_max=0.6)),
+            Change("Muon for convolutions, rates up to 0.6", dict(optimizer="muon", lr_max=0.6)),
             Change("down to a rate near zero", dict(annihilate=True)),
             SMOOTHING_OFF,
             Change("black padding", {}, ("data.RandomCrop", partial(RandomCrop, pad_mode="constant"))),
@@ -58,10 +60,11 @@ CHANGES: dict[str, tuple[dict[str, Any], list[Change]]] = {
         {},
         [
             Change("SGD for all parameters", dict(optimizer="sgd")),
-            Change("rates up to 0.15", dict(lr_max=0.15)),
-            Change("rates up to 0.6", dict(lr_max=0.6)),
+            Change("rates up to 0.3", dict(lr_max=0.3)),
+            Change("rates up to 1.2", dict(lr_max=1.2)),
+            Change("steps twice as large for convolutions", {}, ("muon.CONV_LR", 2 * CONV_LR)),
             SMOOTHING_OFF,
-            Change("small images shorter", dict(sizes=((16, 0.4), (24, 0.7), (32, 1.0)))),
+            Change("16×16 instead of 24×24", dict(sizes=((16, 0.5), (32, 1.0)))),
             Change("highest rate at the end of epoch 2", dict(peak_epoch=2)),
             Change("down to a hundredth of the rate", dict(annihilate=False)),
             Change("whole images from the start", dict(sizes=((32, 1.0),))),

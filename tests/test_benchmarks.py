@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 from commandline import ROOT, command
+from matplotlib import pyplot as plt
 from torch import nn
 
-from benchmarks import choices, gpu
+from benchmarks import choices, gpu, notebook
 from benchmarks.speed import CONVOLUTIONS, training_flops
 from model import ResNet
 from recipes import RECIPES
@@ -60,6 +61,30 @@ def test_the_bare_loop(tmp_path):
         figures["ratio"] == pytest.approx(figures["ours_seconds"] / figures["plain_seconds"]) and figures["ratio"] > 0
     )
     assert json.loads((ROOT / "results/overhead.json").read_text())["ratio"] <= 1.05
+
+
+# ---- Beside the notebook
+
+
+def test_a_run_beside_the_notebook(tmp_path):
+    run = ROOT / "results/cifar10-assignment"
+    done = command("benchmarks/notebook.py", run, "--out", "notebook.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "notebook.png").read_bytes()[:4] == b"\x89PNG"
+    notebook.plot_beside_notebook(run)
+    both, closer = plt.gcf().axes
+    accuracy = json.loads((run / "metrics.json").read_text())["accuracy"]
+    assert {len(line.get_xdata()) for line in both.lines} == {24} and closer.get_xlabel() == "Epoch"
+    assert f"ours, test: {accuracy:.2%} at the end".replace("%", " %") in [line.get_label() for line in both.lines]
+    plt.close()
+
+
+def test_other_data_are_not_set_beside_the_notebook(tmp_path):
+    config = json.loads((ROOT / "results/cifar10-assignment/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"name": "digits"}}))
+    (tmp_path / "history.csv").write_text("epoch\n1\n")
+    done = command("benchmarks/notebook.py", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not tested on CIFAR-10's test" in done.stderr
 
 
 # ---- Choices
