@@ -44,6 +44,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import SIZE, get_dls
+from errors import command_line
 from learner import get_learner
 from model import ResNet
 from runs import surroundings, write_json
@@ -204,6 +205,7 @@ def peak_gib(data: str, bs: int, width: int) -> float:
 
 
 @call_parse
+@command_line
 def main(
     data: str = "cifar10",  # as of train.py
     bs: int = 512,  # images a step
