@@ -6,28 +6,40 @@ import re
 
 from conftest import ROOT
 
+from recipes import RECIPES
 from runs import read_csv
 
 README = (ROOT / "README.md").read_text()
 
 
+def read_json(path: str):
+    return json.loads((ROOT / path).read_text())
+
+
 def test_figures_equal_their_files():
-    fast, short = (
-        json.loads((ROOT / f"results/{run}/metrics.json").read_text()) for run in ("cifar10-fast", "cifar10-3-epochs")
-    )
+    rows = re.findall(r"\| (\d+) \| ([\d.]+) % \| (?:([\d.]+) % )?\| \[([\w.-]+)\]", README)
+    runs = {name: read_json(f"results/cifar10-{name}/metrics.json") for name in RECIPES}
     notebook = read_csv(ROOT / "results/notebook/log.csv")["test_accuracy_percent"]
-    rows = re.findall(r"\| (\d+) \| ([\d.]+) % \| \[(\w+\.\w+)\]", README)
     assert rows == [
-        *((str(run["epochs"]), f"{100 * run['accuracy']:.2f}", "metrics.json") for run in (fast, short)),
-        ("3", f"{notebook[2]:.2f}", "log.csv"),
-        ("24", f"{notebook[23]:.2f}", "log.csv"),
+        *(
+            (
+                str(run["epochs"]),
+                f"{100 * run['accuracy']:.2f}",
+                f"{100 * read_json(f'results/cifar10-{name}/two_views.json')['accuracy']:.2f}",
+                f"cifar10-{name}",
+            )
+            for name, run in runs.items()
+        ),
+        ("24", f"{notebook[23]:.2f}", "", "log.csv"),
     ]
-    two_views = json.loads((ROOT / "results/cifar10-fast/two_views.json").read_text())
-    assert f"`fast` gets {100 * two_views['accuracy']:.2f} % right" in README
-    assert f"{100 * fast['accuracy']:.2f} % by [`--recipe fast`](#recipes) in {fast['epochs']} epochs" in README
-    overhead = json.loads((ROOT / "results/overhead.json").read_text())
+    text = " ".join(README.split())
+    fast, faster = (runs[name]["seconds"] / 60 for name in ("fast", "faster"))
+    assert f"took {fast:.0f} minutes for `fast` and {faster:.0f} for `faster`" in text
+    assert f"{100 * runs['assignment']['accuracy']:.2f} % after the 24 epochs as assigned" in README
+    assert f"blows up, {read_json('results/cifar10-assignment/config.json')['lr_max']:.2f} in the run below" in text
+    overhead = read_json("results/overhead.json")
     assert f"{overhead['ratio']:.3f} ×" in README
-    speed = json.loads((ROOT / "results/speed.json").read_text())
+    speed = read_json("results/speed.json")
     convolutions = sum(part for name, part in speed["operators"].items() if "convolution" in name)
     for figure in (
         f"{convolutions:.0%} of a step's time are the convolutions",
@@ -38,10 +50,10 @@ def test_figures_equal_their_files():
         f"needs {speed['peak_gib']:.1f} GiB at most",
         f"two CPU cores, {speed['precision']}, batches of {speed['batch_size']}",
     ):
-        assert figure in " ".join(README.split())
-    kill = json.loads((ROOT / "results/kill.json").read_text())
+        assert figure in text
+    kill = read_json("results/kill.json")
     killed = f"{kill['identical']} of {kill['killed']} runs that were killed at random moments"
-    assert f"{killed}, {kill['killed_twice']} of them twice" in " ".join(README.split()) and kill["runs"] == 20
+    assert f"{killed}, {kill['killed_twice']} of them twice" in text and kill["runs"] == 20
 
 
 def test_every_link_leads_somewhere():
