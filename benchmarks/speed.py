@@ -2,10 +2,12 @@
 
 In one process, in turn, a few steps of each: our Learner; a plain PyTorch loop as people write it (fp32, contiguous
 tensors, torchvision's transforms of one image after the other in a DataLoader with workers); fastai as its tutorials
-use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. The limit is the
-machine's rate of multiplying matrices of the net's own sizes, in the precision that our Learner uses.
+use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. In bf16 our Learner has
+freed memory kept; the other two have the C library's own way with it. The limit is the machine's rate of multiplying
+matrices of the net's own sizes, in the precision that our Learner uses.
 """
 
+import ctypes
 import itertools
 import resource
 import statistics
@@ -45,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import SIZE, get_dls
 from errors import command_line
-from learner import get_learner
+from learner import M_MMAP_MAX, M_TRIM_THRESHOLD, get_learner, keep_freed_memory
 from model import ResNet
 from runs import surroundings, write_json
 
@@ -122,6 +124,18 @@ class PlainLoop:
             if len(ends) > steps:
                 break
         return durations(ends)
+
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
+MIB = 2**20
+
+
+def let_freed_memory_go():
+    """Undo `keep_freed_memory`: glibc has the limits that it would have come to by itself, the highest it goes to."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 65536)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * MIB)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 * MIB)
 
 
 def stock_fastai(dls, width: int) -> Learner:
@@ -229,7 +243,11 @@ def main(
     rates, loading = [], []
     for _ in range(rounds):
         for name, way in ways.items():
+            if name != "ours":
+                let_freed_memory_go()
             seconds[name] += way()
+            if learn.precision == "bf16":
+                keep_freed_memory()
         rates.append(matrix_rate(width, bs, dtype))
         loading += data_seconds(dls, steps)
     step = {name: statistics.median(values) for name, values in seconds.items()}
