@@ -1,19 +1,20 @@
 """How fast we train on a CPU: against other ways, and against the machine's limit. `python benchmarks/speed.py`
 
-In one process, in turn, a few steps of each: our Learner; a plain PyTorch loop as people write it (fp32, contiguous
-tensors, torchvision's transforms of one image after the other in a DataLoader with workers); fastai as its tutorials
-use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. In bf16 our Learner has
-freed memory kept; the other two have the C library's own way with it. The limit is the machine's rate of multiplying
-matrices of the net's own sizes, in the precision that our Learner uses.
+In turn, a few steps of each, in a process of its own: our Learner; a plain PyTorch loop as people write it (fp32,
+contiguous tensors, torchvision's transforms of one image after the other in a DataLoader with workers); fastai as its
+tutorials use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. The limit is
+the machine's rate of multiplying matrices of the net's own sizes, in the precision that our Learner uses.
 """
 
-import ctypes
 import itertools
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import SIZE, get_dls
 from errors import command_line
-from learner import M_MMAP_MAX, M_TRIM_THRESHOLD, get_learner, keep_freed_memory
+from learner import get_learner
 from model import ResNet
 from runs import surroundings, write_json
 
@@ -126,18 +127,6 @@ class PlainLoop:
         return durations(ends)
 
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
-MIB = 2**20
-
-
-def let_freed_memory_go():
-    """Undo `keep_freed_memory`: glibc has the limits that it would have come to by itself, the highest it goes to."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 65536)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * MIB)
-        libc.mallopt(M_TRIM_THRESHOLD, 64 * MIB)
-
-
 def stock_fastai(dls, width: int) -> Learner:
     folder = dls.train.table.folder
     valid = dls.train.table.splits[-1]
@@ -151,6 +140,17 @@ def stock_fastai(dls, width: int) -> Learner:
     )
     stock = block.dataloaders(folder, bs=dls.bs, num_workers=WORKERS, device=torch.device("cpu"))
     return Learner(stock, ResNet(len(dls.vocab), width=width), loss_func=CrossEntropyLossFlat())
+
+
+@cache
+def other_way(name: str, data: str, bs: int, width: int):
+    """A function from a number of steps to their durations."""
+    dls = get_dls(data, bs, device="cpu")
+    return PlainLoop(dls, width) if name == "plain" else partial(steps_of, stock_fastai(dls, width))
+
+
+def steps_of_other_way(name: str, data: str, bs: int, width: int, steps: int) -> list[float]:
+    return other_way(name, data, bs, width)(steps)
 
 
 # ---- The limit -----------------------------------------------------------------------------------------------------
@@ -232,22 +232,18 @@ def main(
     set_seed(0)
     memory = peak_gib(data, bs, width)
     dls = get_dls(data, bs, device="cpu")
-    learn, plain, stock = get_learner(dls, width=width), PlainLoop(dls, width), stock_fastai(dls, width)
-    ways = {
-        "ours": lambda: steps_of(learn, steps),
-        "plain": lambda: plain(steps),
-        "stock_fastai": lambda: steps_of(stock, steps),
+    learn = get_learner(dls, width=width)
+    others = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in ("plain", "stock_fastai")}
+    ways = {"ours": lambda: steps_of(learn, steps)} | {
+        name: lambda name=name, pool=pool: pool.submit(steps_of_other_way, name, data, bs, width, steps).result()
+        for name, pool in others.items()
     }
     dtype = torch.bfloat16 if learn.precision == "bf16" else torch.float32
     seconds = {name: [] for name in ways}
     rates, loading = [], []
     for _ in range(rounds):
         for name, way in ways.items():
-            if name != "ours":
-                let_freed_memory_go()
             seconds[name] += way()
-            if learn.precision == "bf16":
-                keep_freed_memory()
         rates.append(matrix_rate(width, bs, dtype))
         loading += data_seconds(dls, steps)
     step = {name: statistics.median(values) for name, values in seconds.items()}
