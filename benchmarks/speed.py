@@ -230,8 +230,8 @@ def main(
 ):
     "Compare our training with other ways and with the machine's limit."
     set_seed(0)
-    memory = peak_gib(data, bs, width)
     dls = get_dls(data, bs, device="cpu")
+    memory = peak_gib(data, bs, width)
     learn = get_learner(dls, width=width)
     others = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in ("plain", "stock_fastai")}
     ways = {"ours": lambda: steps_of(learn, steps)} | {
