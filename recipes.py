@@ -36,8 +36,8 @@ ASSIGNMENT = Recipe(
     validate="each",
 )
 
-# For people without a GPU: small images first, because a step on 24×24 takes little more than half the time; Muon,
-# which needs fewer steps; down to a rate near zero, which leaves no noise; one validation, at the end.
+# For people without a GPU: small images first, because an epoch on 24×24 takes less than two thirds of the time;
+# Muon, which needs fewer steps; down to a rate near zero, which leaves no noise; one validation, at the end.
 FAST = Recipe(
     epochs=20,
     peak_epoch=4,
