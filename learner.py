@@ -41,7 +41,7 @@ from torchvision.transforms.v2.functional import resize
 from errors import UserError
 from model import ResNet
 from muon import Muon
-from recipes import RECIPES, Recipe
+from recipes import ASSIGNMENT, RECIPES, Recipe
 
 MOMENTUM = 0.9  # as in the assignment's notebook; Nesterov's form of it
 WEIGHT_DECAY = 5e-4  # on weights only: pulling biases and normalisation scales to zero helps nobody
@@ -279,7 +279,7 @@ class TimeEstimate(Callback):
         what = f"{epochs} epoch{'s' * (epochs > 1)}" + " and the LR finder" * bool(self.sweep)
         message = f"{what} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms a step)."
         short = 1 + epochs // 8
-        if self.dls.device.type == "cpu" and seconds > 3600 and short < epochs and self.recipe.optimizer == "sgd":
+        if self.dls.device.type == "cpu" and seconds > 3600 and short < epochs and self.recipe is ASSIGNMENT:
             message += (
                 f" That is long because this is a CPU: --epochs {short} --peak_epoch 1 takes about"
                 f" {format_time(seconds * short / epochs)}; --recipe faster is made for CPUs."
@@ -339,13 +339,12 @@ def get_learner(
     folder. Raises `UserError` for a precision that the device doesn't have, `ValueError` for an unknown `norm`.
     """
     precision, recipe = resolve_precision(precision, dls.device), RECIPES[recipe]
-    optimizer = Muon if recipe.optimizer == "muon" else partial(torch.optim.SGD, nesterov=True)
     model = ResNet(num_classes=len(dls.vocab), norm=norm, width=width)
     learn = Learner(
         dls,
         model.to(dls.device, memory_format=torch.channels_last),  # convolutions run faster in this layout
         loss_func=CrossEntropyLossFlat(label_smoothing=LABEL_SMOOTHING),
-        opt_func=partial(OptimWrapper, opt=partial(optimizer, momentum=MOMENTUM)),
+        opt_func=partial(OptimWrapper, opt=partial(Muon, momentum=MOMENTUM)),
         splitter=decayed_and_not,
         metrics=accuracy,
         moms=(MOMENTUM, MOMENTUM, MOMENTUM),  # the assignment cycles the learning rate only

@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 
 class Recipe(NamedTuple):
-    """How to train the ResNet in one cycle of the learning rate; the transforms and the loss are always the same."""
+    """How to train the ResNet in one cycle of the learning rate; transforms, loss and optimizer are always the same."""
 
     epochs: int
     peak_epoch: float  # at which the learning rate is highest
     lr_max: float | None  # None: found on the learning-rate finder's curve, and with it lr_min
     annihilate: bool  # end with a learning rate near zero instead of lr_min
-    optimizer: str  # "sgd" or "muon"
     sizes: tuple[tuple[int, float], ...]  # (side of the training images in pixels, until which part of the training)
     validate: str  # after "each" epoch, or after the "last"
 
@@ -31,19 +30,17 @@ ASSIGNMENT = Recipe(
     peak_epoch=5,
     lr_max=None,
     annihilate=False,
-    optimizer="sgd",
     sizes=((32, 1.0),),
     validate="each",
 )
 
 # For people without a GPU: small images first, because an epoch on 24×24 takes less than two thirds of the time;
-# Muon, which needs fewer steps; down to a rate near zero, which leaves no noise; one validation, at the end.
+# down to a rate near zero, which leaves no noise; one validation, at the end.
 FAST = Recipe(
     epochs=20,
     peak_epoch=4,
     lr_max=0.6,
     annihilate=True,
-    optimizer="muon",
     sizes=((24, 0.5), (32, 1.0)),
     validate="last",
 )

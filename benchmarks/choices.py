@@ -40,6 +40,7 @@ class Change(NamedTuple):
 
 
 UNCHANGED = "nothing"
+SGD = Change("SGD for all parameters", {}, ("learner.Muon", partial(torch.optim.SGD, nesterov=True)))
 SMOOTHING_OFF = Change("labels not smoothed", {}, ("learner.LABEL_SMOOTHING", 0.0))
 
 # What is compared: a recipe's name → what it is changed to first, because 24 epochs are too many for this; the changes.
@@ -49,7 +50,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[Change]]] = {
         [
             Change("rates up to 0.1", dict(lr_max=0.1)),
             Change("rates up to 0.6", dict(lr_max=0.6)),
-            Change("Muon for convolutions, rates up to 0.6", dict(optimizer="muon", lr_max=0.6)),
+            SGD,
             Change("down to a rate near zero", dict(annihilate=True)),
             SMOOTHING_OFF,
             Change("black padding", {}, ("data.RandomCrop", partial(RandomCrop, pad_mode="constant"))),
@@ -59,7 +60,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[Change]]] = {
     "faster": (
         {},
         [
-            Change("SGD for all parameters", dict(optimizer="sgd")),
+            SGD,
             Change("rates up to 0.3", dict(lr_max=0.3)),
             Change("rates up to 1.2", dict(lr_max=1.2)),
             Change("steps twice as large for convolutions", {}, ("muon.CONV_LR", 2 * CONV_LR)),

@@ -12,9 +12,11 @@ from commandline import ROOT, command
 from matplotlib import pyplot as plt
 from torch import nn
 
+import learner
 from benchmarks import choices, gpu, notebook
 from benchmarks.speed import CONVOLUTIONS, training_flops
 from model import ResNet
+from muon import Muon
 from recipes import RECIPES
 
 
@@ -99,15 +101,20 @@ def test_a_change_changes_one_thing_for_one_training(shapes, monkeypatch):
     seen = []
     monkeypatch.setitem(choices.CHANGES, "faster", (dict(epochs=1, peak_epoch=0.5), []))
     monkeypatch.setattr(
-        choices, "one_cycle", lambda learn, recipe, *rates: seen.append((recipe, learn.loss_func.func.label_smoothing))
+        choices,
+        "one_cycle",
+        lambda learn, recipe, *rates: seen.append((recipe, learn.loss_func.func.label_smoothing, learn.opt_func)),
     )
     monkeypatch.setattr(choices, "get_dls", partial(choices.get_dls, bs=8))
-    for change in (choices.Change("", dict(optimizer="sgd")), choices.SMOOTHING_OFF):
+    for change in (choices.Change("", dict(lr_max=0.2)), choices.SMOOTHING_OFF, choices.SGD):
         choices.holdout_accuracy("faster", change, shapes, 4, 0)
-    assert seen == [(RECIPES["faster"]._replace(epochs=1, peak_epoch=0.5, optimizer="sgd"), 0.1), (
-        RECIPES["faster"]._replace(epochs=1, peak_epoch=0.5), 0.0,
-    )]  # fmt: skip
-    assert RECIPES["faster"].optimizer == "muon"
+    begun = RECIPES["faster"]._replace(epochs=1, peak_epoch=0.5)
+    assert [(recipe, smoothing, opt_func.keywords["opt"].func) for recipe, smoothing, opt_func in seen] == [
+        (begun._replace(lr_max=0.2), 0.1, Muon),
+        (begun, 0.0, Muon),
+        (begun, 0.1, torch.optim.SGD),
+    ]
+    assert RECIPES["faster"].lr_max == 0.6 and learner.Muon is Muon
 
 
 def test_the_table_of_choices(tmp_path):
