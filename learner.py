@@ -381,18 +381,16 @@ class LRCurve(NamedTuple):
 SWEEP = dict(start_lr=1e-3, end_lr=3.0, num_it=50)  # from where nothing happens yet to where every net diverges
 SMOOTHING = 5  # steps that are averaged, two on either side
 BLOW_UP = 1.1  # times the loss at the start: from there on a curve tells nothing more about good rates
-MARGIN = 3  # a third of the rate that blows up is taken for the highest to train with
 
 
 def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, dict[str, float]]:
     """`(lr_min, lr_max, suggestions)` from the losses of an LR sweep with rising rates.
 
-    The curve is smoothed and ends at a third of the LR of its first blow-up, or of its last LR. On what is left, three
-    of fastai's functions make their suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and
-    `valley`. Then
+    The curve is smoothed and ends at its first blow-up. On what is left, three of fastai's functions make their
+    suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and `valley`. Then
 
-    - lr_max is the highest LR that is left. The LR with the lowest loss would be too cautious: on held-out images 0.1,
-      where it lies for this net, was 2.3 points behind 0.3 (results/choices.md);
+    - lr_max is the LR with the lowest loss. It is not divided by ten, because a cycle warms up to it, and because it
+      is the FC layer that blows up, while Muon's steps for the convolutions have a size of their own;
     - lr_min is a tenth of the lowest of the three: safe to start from, and, where the LR isn't annihilated, small
       enough to end with.
 
@@ -400,16 +398,15 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     """
     smooth = uniform_filter1d(np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf), SMOOTHING, mode="nearest")
     bad = np.flatnonzero(~(smooth <= BLOW_UP * smooth[0]))
-    blow_up = lrs[bad[0]] if len(bad) else lrs[-1]
-    end = int(np.searchsorted(lrs, blow_up / MARGIN))
+    end = int(bad[0]) if len(bad) else len(lrs)
     if end < 10:
         raise UserError(
-            f"the loss blows up at a learning rate of {blow_up:.2g} already, which leaves nothing to suggest;"
+            f"the loss blows up at a learning rate of {lrs[end]:.2g} already, which leaves nothing to suggest;"
             " give --lr_max and --lr_min"
         )
     x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])
     suggestions = {function.__name__: float(function(x, y, end)[0]) for function in (minimum, steep, valley)}
-    return min(suggestions.values()) / 10, lrs[end - 1], suggestions
+    return min(suggestions.values()) / 10, lrs[int(smooth[:end].argmin())], suggestions
 
 
 def find_lrs(learn: Learner) -> LRCurve:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 NS_STEPS = 3  # of Newton-Schulz; more come closer to orthogonal and take longer
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, chosen to raise small singular values quickly
-CONV_LR = 0.1  # of the learning rate for the other parameters, so that one schedule serves both
+CONV_LR = 0.2  # of the learning rate for the other parameters, so that one schedule serves both
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
