@@ -5,7 +5,7 @@
     from train import *
     learn = get_learner(get_dls())
     learn.lr_find()
-    learn.fit_one_cycle(24, 0.3, pct_start=5/24)
+    learn.fit_one_cycle(24, 0.2, pct_start=5/24)
 """
 
 import time

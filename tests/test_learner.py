@@ -213,7 +213,7 @@ def test_weight_decay_is_for_weights_only(dls):
     assert (decayed["weight_decay"], free["weight_decay"]) == (learner.WEIGHT_DECAY, 0)
     assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(list(learn.model.parameters()))
-    assert decayed["nesterov"] and decayed["momentum"] == 0.9
+    assert isinstance(learn.opt.opt, Muon) and decayed["momentum"] == 0.9
 
 
 def gradients(learn) -> torch.Tensor:
