@@ -38,14 +38,14 @@ ASSIGNMENT = Recipe(
 # down to a rate near zero, which leaves no noise; one validation, at the end.
 FAST = Recipe(
     epochs=20,
-    peak_epoch=4,
-    lr_max=0.3,
+    peak_epoch=3,
+    lr_max=0.2,
     annihilate=True,
     sizes=((24, 0.5), (32, 1.0)),
     validate="last",
 )
 
-# For people without patience: the same in a quarter of the time.
-FASTER = FAST._replace(epochs=5, peak_epoch=1)
+# For people without patience: the same in a quarter of the time, with larger steps, for there are fewer.
+FASTER = FAST._replace(epochs=5, peak_epoch=1, lr_max=0.3)
 
 RECIPES = {"assignment": ASSIGNMENT, "fast": FAST, "faster": FASTER}
