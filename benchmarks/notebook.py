@@ -15,28 +15,36 @@ LOG = Path(__file__).parents[1] / "results/notebook/log.csv"
 CLOSE = 5  # percentage points on either side of the notebook's last accuracy, in the picture's second half
 
 
+def percent(parts: list[float]) -> list[float]:
+    return [100 * part for part in parts]
+
+
 def plot_beside_notebook(run: Path):
     """Accuracy of the run and of the notebook after each epoch, whole on the left, the last points on the right."""
     config, ours, notebook = read_config(run), read_csv(run / "history.csv"), read_csv(LOG)
     if config["data"]["name"] != "cifar10" or config["options"]["valid"] != "test":
         raise UserError(f"{run} was not tested on CIFAR-10's test split, so the notebook is no match for it")
-    curves = [("notebook", "tab:gray", notebook["epoch"])]
-    curves += [("ours", "tab:orange", ours["epoch"])]
-    accuracies = [[notebook[f"{split}_accuracy_percent"] for split in ("test", "train")]]
-    accuracies += [[[100 * part for part in ours[f"{split}_accuracy"]] for split in ("valid", "train")]]
-    _, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for ax in axes:
-        for (name, colour, epochs), (test, train) in zip(curves, accuracies):
+    test, train = notebook["test_accuracy_percent"], notebook["train_accuracy_percent"]
+    curves = [
+        ("notebook", "tab:gray", notebook["epoch"], test, train),
+        ("ours", "tab:orange", ours["epoch"], percent(ours["valid_accuracy"]), percent(ours["train_accuracy"])),
+    ]
+    _, (whole, closer) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for ax in (whole, closer):
+        for name, colour, epochs, test, train in curves:
             ax.plot(epochs, test, "o-", color=colour, markersize=4, label=f"{name}, test: {test[-1]:.2f} % at the end")
             ax.plot(epochs, train, "--", color=colour, alpha=0.6, label=f"{name}, train")
         ax.set_xlabel("Epoch")
         ax.set_ylabel("Accuracy (%)")
         ax.grid(alpha=0.3)
-    end = notebook["test_accuracy_percent"][-1]
-    axes[1].set_ylim(end - CLOSE, end + CLOSE)
-    axes[0].set_title("After each epoch")
-    axes[1].set_title("The same, closer")
-    axes[0].legend(loc="lower right")
+    bottom = notebook["test_accuracy_percent"][-1] - CLOSE
+    closer.set_ylim(bottom, bottom + 2 * CLOSE)
+    closer.set_xlim(
+        min(epoch for *_, epochs, test, _ in curves for epoch, value in zip(epochs, test) if value > bottom) - 1
+    )
+    whole.set_title("After each epoch")
+    closer.set_title("The same, closer")
+    whole.legend(loc="lower right")
 
 
 @call_parse
