@@ -339,12 +339,13 @@ def get_learner(
     folder. Raises `UserError` for a precision that the device doesn't have, `ValueError` for an unknown `norm`.
     """
     precision, recipe = resolve_precision(precision, dls.device), RECIPES[recipe]
+    products = torch.bfloat16 if precision == "bf16" else torch.float32
     model = ResNet(num_classes=len(dls.vocab), norm=norm, width=width)
     learn = Learner(
         dls,
         model.to(dls.device, memory_format=torch.channels_last),  # convolutions run faster in this layout
         loss_func=CrossEntropyLossFlat(label_smoothing=LABEL_SMOOTHING),
-        opt_func=partial(OptimWrapper, opt=partial(Muon, momentum=MOMENTUM)),
+        opt_func=partial(OptimWrapper, opt=partial(Muon, momentum=MOMENTUM, dtype=products)),
         splitter=decayed_and_not,
         metrics=accuracy,
         moms=(MOMENTUM, MOMENTUM, MOMENTUM),  # the assignment cycles the learning rate only

@@ -8,25 +8,26 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, chosen to raise small s
 CONV_LR = 0.2  # of the learning rate for the other parameters, so that one schedule serves both
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
+def orthogonalised(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix with its singular values brought near 1, or, if they are tiny, nearer: `(m, n)` → the same shape.
 
     That takes a few steps of Newton-Schulz iteration, and no decomposition. All steps are polynomials of the same small
     square, the matrix times its transpose, so they are multiplied there, and the matrix itself is touched only twice.
-    On a GPU these two products are computed in bfloat16.
+    These two products are computed in `dtype`; what bfloat16 rounds off is less than a hundredth of the result.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalised(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.bfloat16() if x.is_cuda else x
+        return orthogonalised(matrix.T, dtype).T
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
     square = (x @ x.T).float()
     identity = torch.eye(len(x), device=x.device)
     a, b, c = NS_COEFFICIENTS
-    steps = identity
-    for _ in range(NS_STEPS):
+    steps = None
+    for left in reversed(range(NS_STEPS)):
         step = a * identity + b * square + c * square @ square
-        steps, square = step @ steps, step @ square @ step
-    return (steps.to(x.dtype) @ x).to(matrix.dtype)
+        steps = step if steps is None else step @ steps
+        if left:
+            square = step @ square @ step
+    return (steps.to(dtype) @ x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -37,10 +38,19 @@ class Muon(torch.optim.Optimizer):
     has about that length, too, so the learning rate of convolutions, `CONV_LR` times that of the others, is the
     relative size of a step. `torch.optim.Muon` takes matrices only. Source: Jordan et al., "Muon: An optimizer for
     hidden layers in neural networks", 2024, and Jordan's CIFAR-10 record, whose weights keep their length as well.
+    `dtype` is that of the large matrix products, bfloat16 where the hardware has it.
     """
 
-    def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params,
+        lr: float = 0.3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,5 +69,6 @@ class Muon(torch.optim.Optimizer):
                 if is_conv:
                     out, inputs = len(p), p[0].numel()
                     p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
-                    update = orthogonalised(update.flatten(1)).view_as(p) * (CONV_LR * max(1, out / inputs) ** 0.5)
+                    update = orthogonalised(update.flatten(1), self.dtype).view_as(p)
+                    update *= CONV_LR * max(1, out / inputs) ** 0.5
                 p.add_(update, alpha=-lr)

@@ -39,8 +39,13 @@ class Change(NamedTuple):
     constant: tuple[str, Any] | None = None  # of the code: name → value
 
 
+def sgd(params, dtype, **options) -> torch.optim.SGD:
+    """SGD with Nesterov momentum in the place of Muon."""
+    return torch.optim.SGD(params, nesterov=True, **options)
+
+
 UNCHANGED = "nothing"
-SGD = Change("SGD for all parameters", {}, ("learner.Muon", partial(torch.optim.SGD, nesterov=True)))
+SGD = Change("SGD for all parameters", {}, ("learner.Muon", sgd))
 SMALL_STEPS = Change("steps half as large for convolutions", {}, ("muon.CONV_LR", CONV_LR / 2))
 SMOOTHING_OFF = Change("labels not smoothed", {}, ("learner.LABEL_SMOOTHING", 0.0))
 

@@ -67,7 +67,8 @@ def plain_step(batch: tuple, classes: int, width: int, precision: str):
     """A function that trains a ResNet of its own for one step on `batch`, where that is."""
     device = batch[0].device
     model = ResNet(classes, width=width).to(device, memory_format=torch.channels_last).train()
-    optimizer = Muon(decayed_and_not(model), lr=0.01, momentum=MOMENTUM)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    optimizer = Muon(decayed_and_not(model), lr=0.01, momentum=MOMENTUM, dtype=dtype)
     loss_func = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
 
     def step():

@@ -16,6 +16,13 @@ def test_singular_values_come_near_one(shape):
     assert (values > 0.5).float().mean() > 0.9  # the smallest ones are still on their way
 
 
+def test_bfloat16_is_precise_enough():
+    torch.manual_seed(0)
+    matrix = torch.randn(64, 300)
+    exact, rounded = orthogonalised(matrix), orthogonalised(matrix, torch.bfloat16)
+    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() / exact.norm() < 0.01
+
+
 def test_it_keeps_the_directions():
     torch.manual_seed(0)
     matrix = torch.randn(20, 50)
