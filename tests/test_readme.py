@@ -39,7 +39,8 @@ def test_figures_equal_their_files():
     lr_max = read_json("results/cifar10-assignment/config.json")["lr_max"]
     assert f"loss is lowest, {lr_max:.2f} in the run below" in text
     overhead = read_json("results/overhead.json")
-    assert f"{overhead['ratio']:.3f} ×" in README
+    assert f"takes {overhead['ratio']:.3f} × the time" in text
+    assert f"and precision, in {overhead['precision']} on two CPU cores" in text
     speed = read_json("results/speed.json")
     convolutions = sum(part for name, part in speed["operators"].items() if "convolution" in name)
     for figure in (
