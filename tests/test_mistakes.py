@@ -78,7 +78,7 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--width 300000", "width is 300000; it must be at most 4096"),
         ("--epochs 1000000", "epochs is 1000000; it must be at most 99999"),
         ("--lr_max 1e300", "lr_max is 1e+300; it must be at most"),
-        ("--recipe fast --lr_min 0.8", "lr_min (0.8) is above lr_max (0.6)"),
+        ("--recipe fast --lr_min 0.8", "lr_min (0.8) is above lr_max (0.2)"),
         ("--lr_min 5", "lr_min (5) is above lr_max (3)"),
         ("epochs 3", "options begin with --"),
         ("--runs_dir file", "choose another --runs_dir"),

@@ -139,7 +139,7 @@ def test_the_fast_recipe_and_how_it_goes_on(shapes, tmp_path):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
     assert json.loads((whole / "config.json").read_text())["options"]["annihilate"] is True
     batches, history = read_csv(whole / "batches.csv"), read_csv(whole / "history.csv")
-    assert 0.58 < max(batches["lr"]) <= 0.6 and batches["lr"][-1] < 0.01
+    assert 0.19 < max(batches["lr"]) <= 0.2 and batches["lr"][-1] < 0.01
     assert len([loss for loss in history["valid_loss"] if loss > 0]) == 1
 
 
