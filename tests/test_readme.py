@@ -37,7 +37,7 @@ def test_figures_equal_their_files():
     assert f"took {fast:.0f} minutes for `fast` and {faster:.0f} for `faster`" in text
     assert f"{100 * runs['assignment']['accuracy']:.2f} % after the 24 epochs as assigned" in README
     lr_max = read_json("results/cifar10-assignment/config.json")["lr_max"]
-    assert f"loss is lowest, {lr_max:.2f} in the run below" in text
+    assert f"smoothed loss is lowest, {lr_max:.2f} in the run below" in text
     overhead = read_json("results/overhead.json")
     assert f"takes {overhead['ratio']:.3f} × the time" in text
     assert f"and precision, in {overhead['precision']} on two CPU cores" in text
