@@ -315,7 +315,10 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
 
 
 def decayed_and_not(model: nn.Module) -> list[dict]:
-    """Two parameter groups for the optimiser: weights with weight decay; biases and normalisation without."""
+    """Two parameter groups for the optimiser: weights with weight decay; biases and normalisation without.
+
+    Muon leaves the decay out for convolutions.
+    """
     free = list(norm_bias_params(model))
     names = {id(p) for p in free}
     weights = [p for p in model.parameters() if id(p) not in names]

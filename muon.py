@@ -9,7 +9,7 @@ CONV_LR = 0.2  # of the learning rate for the other parameters, so that one sche
 
 
 def orthogonalised(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix with its singular values brought near 1, or, if they are tiny, nearer: `(m, n)` → the same shape.
+    """The matrix with its singular values brought near 1, very small ones only nearer: `(m, n)` → the same shape.
 
     That takes a few steps of Newton-Schulz iteration, and no decomposition. All steps are polynomials of the same small
     square, the matrix times its transpose, so they are multiplied there, and the matrix itself is touched only twice.

@@ -204,7 +204,8 @@ def load_run(run: str | Path, dls: DataLoaders) -> Learner:
     config = read_config(run)
     check_data(run, config, dls)
     options, weights = config["options"], Path(run) / "model.safetensors"
-    learn = get_learner(dls, norm=options["norm"], width=options["width"], path=run)
+    precision = "fp32" if options["precision"] == "fp32" else "auto"  # fp16 isn't to be had everywhere
+    learn = get_learner(dls, norm=options["norm"], width=options["width"], precision=precision, path=run)
     try:
         learn.model.load_state_dict(load_tensors(weights)[0])
     except FileNotFoundError:
@@ -301,7 +302,7 @@ def restore(learn: Learner, tensors: dict[str, Tensor], state: dict):
     np.random.set_state(tuple(state["numpy"]))
     for loader, position in zip((learn.dls.train, learn.dls.valid), state["loaders"], strict=True):
         loader.rng.setstate(python_state(position))
-    if state["scaler"]:
+    if state["scaler"] and hasattr(learn, "scaler"):  # a Learner that will not train any more has none
         learn.scaler.load_state_dict(state["scaler"])
     recorder = learn.recorder
     recorder.lrs = tensors["lrs"].tolist()

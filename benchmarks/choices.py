@@ -116,8 +116,8 @@ def table(recipe: str, figures: dict) -> str:
     lines = [
         f"## `{recipe}`",
         "",
-        f"{figures['epochs']} epochs, width {figures['width']}, the mean of {seeds} seed{'s' * (seeds > 1)} a line:"
-        f" `{figures['command']}`.",
+        f"{figures['epochs']} epochs, rates up to {figures['lr_max']:g} at the end of epoch {figures['peak_epoch']:g},"
+        f" width {figures['width']}, the mean of {seeds} seed{'s' * (seeds > 1)} a line: `{figures['command']}`.",
         "",
         "| change | hold-out accuracy before | after | difference |",
         "| --- | ---: | ---: | ---: |",
@@ -128,12 +128,16 @@ def table(recipe: str, figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tables(everything: dict[str, dict]) -> str:
+    """All recipes' tables."""
+    return "\n".join(["# What each choice was worth\n", *(table(name, everything[name]) for name in sorted(everything))])
+
+
 def save(out: Path, recipe: str, figures: dict):
-    """Put a recipe's figures beside those of the others in `out`, and all of them into a table."""
+    """Put a recipe's figures beside those of the others in `out`, and all of them into tables."""
     everything = (json.loads(out.read_text()) if out.is_file() else {}) | {recipe: figures}
     write_json(out, everything)
-    tables = "\n".join(table(name, everything[name]) for name in sorted(everything))
-    write(out.with_suffix(".md"), f"# What each choice was worth\n\n{tables}")
+    write(out.with_suffix(".md"), tables(everything))
 
 
 @call_parse
@@ -148,8 +152,11 @@ def main(
     "Train a small net by a recipe, and by the same recipe with one thing changed, and compare them."
     before, changes = CHANGES[recipe]
     changes = [Change(UNCHANGED, {}), *changes]
+    begun = RECIPES[recipe]._replace(**before)
     figures = dict(
-        epochs=before.get("epochs", RECIPES[recipe].epochs),
+        epochs=begun.epochs,
+        peak_epoch=begun.peak_epoch,
+        lr_max=begun.lr_max,
         width=width,
         seeds=seeds,
         command=f"python benchmarks/choices.py {recipe} --data {data} --width {width} --seeds {seeds}",

@@ -1,12 +1,13 @@
 """What a CUDA GPU makes of all this, measured in one go: `python benchmarks/gpu.py --data cifar10.tgz --out gpu.json`
 
 First a training step: ours, with loading and augmentation, against a bare PyTorch loop over one batch that is already
-there, with the same model, precision and batch size; what loading and augmentation take alone; how often the host waits
-for the GPU. Then whole trainings by each recipe from several seeds. Last, what `torch.compile` changes. Nothing begins
-that would probably end after the time given.
+there, with the same model, precision and batch size; ours over one batch as well, which shows what loading and
+augmentation add; how often the host waits for the GPU. Then whole trainings by each recipe from several seeds. Last,
+what `torch.compile` changes. No training and no compiling begins that would probably end after the time given.
 """
 
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -20,10 +21,10 @@ from fastcore.script import call_parse
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.choices import one_cycle
-from benchmarks.overhead import plain_step
+from benchmarks.overhead import OneBatch, plain_step
 from data import get_dls
 from errors import UserError, command_line
-from learner import LOOK_EVERY, find_lrs, get_learner
+from learner import LOOK_EVERY, StopAtNaN, find_lrs, get_learner, resolve_precision
 from recipes import RECIPES
 from runs import surroundings, write_json
 
@@ -77,8 +78,8 @@ class WarnOfWaits(TimeSteps):
 
 
 def our_step(learn: Learner, steps: int) -> float:
-    """Seconds of a step of a Learner, with its data, its progress bar and its records."""
-    learn.fit(1, LR, cbs=(timer := TimeSteps(steps)))
+    """Seconds of a step of a Learner, with its data, its progress bar and its records, as train.py trains."""
+    learn.fit_one_cycle(1, LR, cbs=[StopAtNaN(), timer := TimeSteps(steps)])
     return timer.seconds / steps
 
 
@@ -94,14 +95,12 @@ def bare_step(learn: Learner, width: int, steps: int) -> float:
     return (now(learn.dls.device) - begin) / steps
 
 
-def data_step(dls: DataLoaders, steps: int) -> float:
-    """Seconds of loading and augmenting a batch, alone."""
-    for i, _ in enumerate(dls.train):
-        if i + 1 == WARM_UP:
-            begin = now(dls.device)
-        elif i + 1 == WARM_UP + steps:
-            break
-    return (now(dls.device) - begin) / steps
+def one_batch(dls: DataLoaders) -> DataLoaders:
+    """DataLoaders of nothing but one batch, loaded and augmented, in epochs as long as before."""
+    batch = dls.train.one_batch()
+    same = DataLoaders(OneBatch(batch, len(dls.train)), OneBatch(batch, 1), device=dls.device)
+    same.vocab = dls.vocab
+    return same
 
 
 def waits(learn: Learner) -> dict[str, int]:
@@ -109,7 +108,7 @@ def waits(learn: Learner) -> dict[str, int]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            learn.fit_one_cycle(1, LR, cbs=WarnOfWaits(BETWEEN_LOOKS))
+            learn.fit_one_cycle(1, LR, cbs=[StopAtNaN(), WarnOfWaits(BETWEEN_LOOKS)])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = ["/".join([*Path(w.filename).parts[-2:], str(w.lineno)]) for w in caught if WAIT in str(w.message)]
@@ -117,19 +116,20 @@ def waits(learn: Learner) -> dict[str, int]:
 
 
 def step_figures(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict:
-    """Ours and the bare loop take turns; of each the median over the rounds, in milliseconds."""
-    learn = get_learner(dls, width=width)
+    """Ours, ours over one batch and the bare loop take turns; of each the median of the rounds, in milliseconds."""
+    learn, fed = get_learner(dls, width=width), get_learner(one_batch(dls), width=width)
     ways = {
         "ours": lambda: our_step(learn, steps),
+        "one_batch": lambda: our_step(fed, steps),
         "bare": lambda: bare_step(learn, width, steps),
-        "data": lambda: data_step(dls, steps),
     }
     times = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             times[name].append(1000 * way())
     figures = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    ratios = dict(ratio=figures["ours_ms"] / figures["bare_ms"], data_share=figures["data_ms"] / figures["ours_ms"])
+    ours = figures["ours_ms"]
+    ratios = dict(ratio=ours / figures["bare_ms"], data_share=1 - figures["one_batch_ms"] / ours)
     return dict(precision=learn.precision, batch_size=dls.bs, steps=steps * rounds) | figures | ratios
 
 
@@ -165,17 +165,20 @@ def whole_training(dls: DataLoaders, name: str, seed: int, width: int) -> tuple[
     return now(dls.device) - begin, accuracy
 
 
-def figures_of(trainings: list[tuple[float, float]]) -> dict:
-    """Mean, standard deviation and all values of seconds and accuracy."""
-    figures = {"seeds": len(trainings)}
-    for quantity, values in zip(("seconds", "accuracy"), zip(*trainings, strict=True), strict=True):
+def figures_of(trainings: dict[int, tuple[float, float]]) -> dict:
+    """Mean, standard deviation and all values of seconds and accuracy of trainings by their seeds."""
+    figures = {"seeds": list(trainings)}
+    for quantity, values in zip(("seconds", "accuracy"), zip(*trainings.values(), strict=True), strict=True):
         spread = statistics.stdev(values) if len(values) > 1 else None
         figures[quantity] = dict(mean=statistics.mean(values), standard_deviation=spread, values=list(values))
     return figures
 
 
 def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, end: float, out: str):
-    """Measure everything, until `end` of the performance counter at most, and note each figure in `out` at once."""
+    """Measure everything, and note each figure in `out` at once.
+
+    No training or compiling begins that would probably go on after `end` of the performance counter.
+    """
     figures = surroundings()
 
     def note(name: str, value):
@@ -187,27 +190,29 @@ def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, e
     set_seed(0, reproducible=True)
     note("step", step_figures(dls, width, steps, rounds))
     note("waits", {name: waits(get_learner(dls, recipe=name, width=width)) for name in RECIPES})
-    results = {name: [] for name in RECIPES}
+    results = {name: {} for name in RECIPES}
     epoch = len(dls.train) * figures["step"]["ours_ms"] / 1000
     expected = {name: 1.5 * epoch * recipe.epochs for name, recipe in RECIPES.items()}
-    for name in [name for _ in range(seeds) for name in RECIPES]:
+    for seed, name in itertools.product(range(seeds), RECIPES):
         if time.perf_counter() + expected[name] > end:
-            print(f"no time is left for another training by {name}")
+            print(f"no time is left for {name} from seed {seed}")
             continue
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         try:
-            results[name].append(whole_training(dls, name, len(results[name]), width))
+            results[name][seed] = whole_training(dls, name, seed, width)
         except UserError as reason:  # from the LR finder
-            note(f"{name} failed", str(reason))
+            note(f"{name} from seed {seed}", f"failed: {reason}")
             continue
-        expected[name] = max(seconds for seconds, _ in results[name])
+        expected[name] = max(seconds for seconds, _ in results[name].values())
         note(name, figures_of(results[name]) | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30})
     if time.perf_counter() + COMPILING < end:
         try:
             note("compile", compiled_figures(dls, width, steps, rounds))
         except Exception as reason:  # of a compiler that isn't ours
             note("compile", f"failed: {type(reason).__name__}: {str(reason)[:300]}")
+    else:
+        note("compile", "no time was left")
 
 
 @call_parse
@@ -226,6 +231,8 @@ def main(
     if not torch.cuda.is_available():
         raise UserError("this program measures a CUDA GPU, and there is none that PyTorch can use here")
     dls = get_dls(data)
+    if resolve_precision("auto", dls.device) == "fp16":
+        raise UserError("this GPU computes no bf16 in hardware, and in fp16 each step waits for its gradients' scale")
     if WARM_UP + max(steps, BETWEEN_LOOKS) > len(dls.train):
         raise UserError(f"an epoch of {dls.train.table.name} has {len(dls.train)} steps, too few to measure")
     measure(dls, steps, rounds, seeds, width, end, out)

@@ -5,7 +5,6 @@ in one process, in turn: a step of the one, a step of the other. Printed is the 
 Both get random images, so the figure is the training step's; the augmentation is outside it on either side.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from learner import LABEL_SMOOTHING, MOMENTUM, decayed_and_not, get_learner
 from model import ResNet
 from muon import Muon
+from runs import surroundings, write_json
 
 
 class OneBatch(DataLoader):
@@ -116,4 +116,4 @@ def main(
         f" loop: ratio {figures['ratio']:.3f} ({figures['precision']}, batch {bs}, width {width}, {steps} steps each)"
     )
     if out:
-        Path(out).write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(Path(out), figures | surroundings())

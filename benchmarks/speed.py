@@ -54,7 +54,8 @@ from runs import surroundings, write_json
 
 LR = 0.01
 WORKERS = 2
-ROWS = 2**14  # at most, of a matrix; more would not fit into memory, and be no faster
+ROWS = 2**14  # at most, of a matrix; those of a whole batch would take half a gigabyte and more
+REPEATS = 3  # of each matrix product, of which the fastest counts
 
 
 class Timer(Callback):
@@ -168,18 +169,23 @@ CONVOLUTIONS = ((3, 1, 32), (1, 2, 32), (2, 2, 16), (2, 2, 16), (2, 4, 16), (4, 
 
 
 def matrix_rate(width: int, bs: int, dtype: torch.dtype) -> float:
-    """Operations a second in matrix products of the sizes of the net's convolutions, forward and backward."""
+    """Operations a second in matrix products of the sizes of the net's convolutions, forward and backward.
+
+    The images themselves need no gradient, so that the first convolution has two products and the others have three.
+    """
     operations = seconds = 0.0
     for layer, (inputs, outputs, side) in enumerate(CONVOLUTIONS):
         pixels = bs * side * side
         rows, inner, outputs = min(ROWS, pixels), 9 * (inputs * width if layer else inputs), outputs * width
         image, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, outputs, dtype=dtype)
         gradient = image @ weight
-        for a, b in ((image, weight), (gradient, weight.T), (image.T, gradient)):
-            a @ b
-            begin = time.perf_counter()
-            a @ b
-            seconds += (time.perf_counter() - begin) * pixels / rows
+        for a, b in ((image, weight), (image.T, gradient), *([(gradient, weight.T)] if layer else [])):
+            times = []
+            for _ in range(REPEATS):
+                begin = time.perf_counter()
+                a @ b
+                times.append(time.perf_counter() - begin)
+            seconds += min(times) * pixels / rows
             operations += 2 * pixels * inner * outputs
     return operations / seconds
 
@@ -207,7 +213,7 @@ def operators(learn: Learner, top: int = 8) -> dict[str, float]:
 
 
 def peak_gib(data: str, bs: int, width: int) -> float:
-    """The largest resident size, in GiB, of a process that trains for three steps and validates on all images."""
+    """The largest resident size, in GiB, of a process that trains for four steps and validates on all images."""
     code = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}\n"
         "import speed\n"

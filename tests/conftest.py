@@ -7,6 +7,7 @@ from pathlib import Path
 HOME = tempfile.TemporaryDirectory(prefix="tests-fastai-")
 os.environ["FASTAI_HOME"] = HOME.name  # before fastai is imported: caches of the tests stay out of the user's
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with a GPU as well
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # each worker has a core; threads of two workers would wait for each other
 

@@ -122,6 +122,9 @@ def test_scaled_gradients_go_on_as_they_were(learn, tmp_path):
     learn.scaler = torch.amp.GradScaler("cpu")
     restore(learn, tensors, captured)
     assert learn.scaler.get_scale() == 128
+    del learn.scaler
+    restore(learn, tensors, captured)  # of a run that was trained to its end, whose pictures are missing
+    assert not hasattr(learn, "scaler")
 
 
 def test_one_process_holds_a_run(tmp_path):
