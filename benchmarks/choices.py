@@ -128,9 +128,9 @@ def table(recipe: str, figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tables(everything: dict[str, dict]) -> str:
-    """All recipes' tables."""
-    return "\n".join(["# What each choice was worth\n", *(table(name, everything[name]) for name in sorted(everything))])
+def tables(figures: dict[str, dict]) -> str:
+    """The tables of all recipes: name → figures."""
+    return "\n".join(["# What each choice was worth\n", *(table(name, figures[name]) for name in sorted(figures))])
 
 
 def save(out: Path, recipe: str, figures: dict):

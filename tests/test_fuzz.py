@@ -186,7 +186,7 @@ def test_weights(run, tmp_path, shapes):
     shutil.copytree(run, tmp_path / "run")
     weights, dls = tmp_path / "run/model.safetensors", get_dls(shapes, bs=16)
     whole = weights.read_bytes()
-    load_run(tmp_path / "run", dls)
+    assert load_run(tmp_path / "run", dls).precision == "fp32"  # as it was trained, whatever the hardware has
 
     @fuzz(500)
     @given(EDITS)

@@ -42,6 +42,11 @@ def test_figures_equal_their_files():
     assert f"takes {overhead['ratio']:.3f} × the time" in text
     assert f"and precision, in {overhead['precision']} on two CPU cores" in text
     speed = read_json("results/speed.json")
+    fast, faster = (
+        recipe.epochs * recipe.work_left(0) * (recipe.side(0) / 32) ** 2 * 97 * 512 * speed["flops_per_image"] / 1e15
+        for recipe in (RECIPES["fast"], RECIPES["faster"])
+    )
+    assert f"these are {fast:.2f} and {faster:.2f} PFLOP of training" in text
     convolutions = sum(part for name, part in speed["operators"].items() if "convolution" in name)
     for figure in (
         f"{convolutions:.0%} of a step's time are the convolutions",
@@ -58,9 +63,28 @@ def test_figures_equal_their_files():
     assert f"{killed}, {kill['killed_twice']} of them twice" in text and kill["runs"] == 20
 
 
+def test_the_recipes_are_as_the_tables_say():
+    recipes = RECIPES.values()
+    end = {False: "the rate that it began with", True: "a rate near zero"}
+    for row in (
+        ["", *(f"`{name}`" for name in RECIPES)],
+        ["epochs, highest rate at", *(f"{recipe.epochs}, {recipe.peak_epoch}" for recipe in recipes)],
+        ["learning rates", *(f"{recipe.lr_max} at most" if recipe.lr_max else "found" for recipe in recipes)],
+        ["ends with", *(end[recipe.annihilate] for recipe in recipes)],
+        ["training images", *(", then ".join(f"{side}×{side}" for side, _ in recipe.sizes) for recipe in recipes)],
+        ["validation", *(f"after {'each' if recipe.validate == 'each' else 'the last'} epoch" for recipe in recipes)],
+    ):
+        assert " | ".join(row) + " |\n" in README
+    assignment, fast, faster = recipes
+    assert f"| `--epochs` | {assignment.epochs} |" in README
+    assert f"(`fast` {fast.epochs}, `faster` {faster.epochs};" in README
+    assert f"| `--peak_epoch` | {assignment.peak_epoch} of {assignment.epochs} |" in README
+    assert f"(`fast` {fast.lr_max}, `faster` {faster.lr_max})" in README
+
+
 def test_every_link_leads_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links and all((ROOT / link).is_file() for link in links)
+    assert links and all(link.startswith("https:") or (ROOT / link).is_file() for link in links)
 
 
 def test_every_option_is_in_the_table():
