@@ -3,7 +3,8 @@
 In turn, a few steps of each, in a process of its own: our Learner; a plain PyTorch loop as people write it (fp32,
 contiguous tensors, torchvision's transforms of one image after the other in a DataLoader with workers); fastai as its
 tutorials use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. The limit is
-the machine's rate of multiplying matrices of the net's own sizes, in the precision that our Learner uses.
+the machine's rate of multiplying matrices of the net's own sizes, in the precision that our Learner uses; only a
+convolution's own kernel may be a little faster.
 """
 
 import itertools
