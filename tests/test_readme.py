@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from statistics import mean, stdev
 
 from conftest import ROOT
 
@@ -33,7 +34,14 @@ def test_figures_equal_their_files():
         ),
         ("24", f"{notebook[23]:.2f}", "", "log.csv"),
     ]
+    for name in ("fast", "faster"):
+        others = sorted((ROOT / "results/seeds").glob(f"{name}-*/metrics.json"))
+        each = [100 * run["accuracy"] for run in (runs[name], *map(read_json, others))]
+        words = ", ".join(f"{accuracy:.2f} %" for accuracy in each)
+        assert f"| `{name}` | {len(each)} | {mean(each):.2f} % | {stdev(each):.2f} | {words} |" in README
     text = " ".join(README.split())
+    seed_43 = read_json("results/seeds/fast-43/metrics.json")["seconds"] / 60
+    assert f"with today's code, {seed_43:.0f} minutes for `fast`" in text
     fast, faster = (runs[name]["seconds"] / 60 for name in ("fast", "faster"))
     assert f"took {fast:.0f} minutes for `fast` and {faster:.0f} for `faster`" in text
     assert f"{100 * runs['assignment']['accuracy']:.2f} % after the 24 epochs as assigned" in README
