@@ -15,10 +15,6 @@ from torch.nn import functional as F
 
 NORMS = {"batch": nn.BatchNorm2d, "layer": lambda channels: nn.GroupNorm(1, channels)}
 
-# The head adds up 512 maxima, so fresh logits are several units apart and plain SGD diverges from a learning rate of
-# about 0.005. An eighth of them starts near the uniform distribution, and the net learns at rates up to 0.3 and more.
-LOGIT_SCALE = 1 / 8
-
 
 def conv3x3(ni: int, nf: int, bias: bool = True) -> nn.Conv2d:
     """3×3 convolution, stride 1, padding 1: `(N, ni, H, W)` → `(N, nf, H, W)`."""
@@ -30,7 +26,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, norm):
         super().__init__()
-        # A bias would be taken away at once by the normalisation's own mean.
+        # A bias would be subtracted at once with the normalization's mean.
         self.conv1, self.norm1 = conv3x3(channels, channels, bias=False), norm(channels)
         self.conv2, self.norm2 = conv3x3(channels, channels, bias=False), norm(channels)
 
@@ -41,19 +37,22 @@ class ResBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images `(N, 3, H, W)`, H and W multiples of 8 from 16 up, normalised → logits `(N, num_classes)`.
+    """Images `(N, 3, H, W)`, H and W multiples of 8 from 16 up, normalized → logits `(N, num_classes)`.
 
-    `norm="batch"` is batch normalisation; `"layer"` replaces every one by layer normalisation over channels and
+    `norm="batch"` is batch normalization; `"layer"` replaces every one by layer normalization over channels and
     positions, that is `GroupNorm` with one group. `width` is the number of channels after `prep`, and half, a quarter
-    and an eighth of those after the three layers. Raises `ValueError` for another `norm` or a size below one.
+    and an eighth of those after the three layers. The logits are multiplied by `logit_scale`. `args` are the arguments
+    that build the same model again. Raises `ValueError` for another `norm` or a number below one.
     """
 
-    def __init__(self, num_classes: int = 10, norm: str = "batch", width: int = 64):
+    def __init__(self, num_classes: int = 10, norm: str = "batch", width: int = 64, logit_scale: float = 1 / 8):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(NORMS)}")
         if num_classes < 1 or width < 1:
             raise ValueError(f"num_classes ({num_classes}) and width ({width}) must be at least 1")
+        self.args = dict(num_classes=num_classes, norm=norm, width=width, logit_scale=logit_scale)
+        self.logit_scale = logit_scale
         norm, w = NORMS[norm], width
         self.prep = nn.Sequential(conv3x3(3, w), norm(w), nn.ReLU())
         self.layer1 = nn.Sequential(*self.halve(w, 2 * w, norm), ResBlock(2 * w, norm))
@@ -73,4 +72,4 @@ class ResNet(nn.Module):
         x = self.layer2(x)
         x = self.layer3(x)
         x = torch.flatten(self.pool(x), start_dim=1)
-        return self.fc(x) * LOGIT_SCALE
+        return self.fc(x) * self.logit_scale

@@ -1,6 +1,6 @@
-"""Train the hand-written ResNet and show what it learned: options → data → learner → LRs → one cycle → pictures.
+"""Train the hand-written ResNet and show what it learned: `python train.py --help` lists the options.
 
-`python train.py` trains, `python train.py --help` lists the options. In a REPL the same pieces are the interface:
+DataLoaders with three transforms → ResNet → Learner → LR finder → one cycle → run folder with plots. In a REPL:
 
     from train import *
     learn = get_learner(get_dls())
@@ -9,205 +9,135 @@
 """
 
 import time
-from argparse import SUPPRESS, ArgumentParser
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-from fastai.vision.all import Learner, set_seed
-from fastcore.script import call_parse
+from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner, set_seed  # noqa: F401 (for a REPL)
 
-from data import DEVICES, VALIDS, get_dls
-from errors import UserError, command_line
-from files import write
-from interpret import interpret, per_class_accuracy, plot_lr_curve
-from learner import PRECISIONS, SWEEP, StopAtNaN, TimeEstimate, ValidateLast, find_lrs, get_learner
-from model import NORMS
-from recipes import RECIPES
-from runs import (
-    RunLog,
-    at_home,
-    check_data,
-    check_name,
-    check_options,
-    find_run,
-    held_run,
-    last_checkpoint,
-    new_run,
-    read_config,
-    restore,
-    save_figure,
-    save_weights,
-    surroundings,
-    write_csv,
-    write_history,
-    write_json,
-)
-
-DIGITS_EPOCHS = 6  # enough for the digits, which are there to try everything out in minutes
+import cifar10.data
+import cifar10.learner
+from augment import Cutout, FlipLR, RandomCrop
+from cifar10 import cli
+from cifar10.callbacks import StopAtNaN, TimeEstimate, ValidateLast
+from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
+from cifar10.files import write, write_csv
+from cifar10.images import SIZE, ImageTable
+from cifar10.lr_finder import SWEEP, find_lrs, plot_lr_curve
+from cifar10.options import Options
+from cifar10.plots import save_figure
+from cifar10.recipes import ASSIGNMENT, Recipe
+from cifar10.report import per_class_accuracy, write_report
+from cifar10.run import Run
+from model import ResNet
 
 
-def choices(values) -> dict:
-    """How `call_parse` is told the values that an option can take."""
-    return {"choices": list(values)}
+def get_dls(data="auto", recipe: Recipe | None = None, valid="test", device="auto", **changes) -> DataLoaders:
+    """DataLoaders of `data` with the assignment's three transforms.
+
+    The recipe is the assignment's by default, with `changes` to it: `get_dls("digits", batch_size=32, flip=True)`.
+    """
+    images = ImageTable.open(data)
+    recipe = recipe or Options(valid=valid, **changes).resolve(images)
+    transforms = [
+        RandomCrop(SIZE, padding=recipe.crop_padding, pad_mode=recipe.crop_mode),
+        *([FlipLR()] if recipe.flip else []),
+        Cutout(recipe.cutout, recipe.cutout),
+    ]
+    return cifar10.data.get_dls(images, transforms, recipe.batch_size, valid, device)
 
 
-def train(learn: Learner, run: Path, config: dict, started: float):
-    """Train in the folder `run`, from its last checkpoint if there is one, and show what was learned."""
-    options, images = config["options"], learn.dls.train.table
-    recipe = RECIPES[options["recipe"]]
-    epochs, peak_epoch, annihilate = options["epochs"], options["peak_epoch"], options["annihilate"]
-    print(f"{images.name}: {len(learn.dls.train_ds):,} images to train on, {len(learn.dls.valid_ds):,} to validate"
-          f" ({options['valid']}); {run}")  # fmt: skip
-    learn.path = run
-    if checkpoint := last_checkpoint(run, options):
-        state = checkpoint[1]
-        lr_min, lr_max, done, started = state["lr_min"], state["lr_max"], state["epochs"], started - state["elapsed"]
-        print(f"Going on after epoch {done} of {epochs}")
-        learn.add_cb(TimeEstimate(recipe, epochs, done))
+def get_learner(dls: DataLoaders, recipe: Recipe = ASSIGNMENT, norm="batch", width=64, precision="auto") -> Learner:
+    """A Learner that trains the ResNet on `dls`, as the recipe says."""
+    model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
+    return cifar10.learner.get_learner(dls, model, recipe, precision)
+
+
+def fit(learn: Learner, recipe: Recipe, cbs=(), done: int = 0):
+    """One cycle from `recipe.lr_min` up to `recipe.lr_max` and back, of which `done` epochs are trained already."""
+    div = recipe.lr_max / recipe.lr_min
+    learn.fit_one_cycle(
+        recipe.epochs,  # 24
+        recipe.lr_max,
+        div=div,
+        div_final=1e5 if recipe.annihilate else div,  # no annihilation: it ends where it began
+        pct_start=recipe.peak_epoch / recipe.epochs,  # 5 / 24
+        cbs=[*cbs, *([ValidateLast()] if recipe.validate == "last" else [])],
+        start_epoch=done,
+    )
+
+
+def choose_lrs(learn: Learner, recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with `lr_min` and `lr_max`, which are found by a sweep if need be; it is plotted into the folder."""
+    if recipe.lr_max is not None:
+        return replace(recipe, lr_min=recipe.lr_min or recipe.lr_max / 100)
+    print(f"LR finder: {SWEEP['num_it']} steps, learning rate {SWEEP['start_lr']:g} → {SWEEP['end_lr']:g}")
+    curve = find_lrs(learn)
+    write_csv(folder / "lr_find.csv", ["lr", "loss"], zip(curve.lrs, curve.losses, strict=True))
+    plot_lr_curve(curve)
+    save_figure(folder / "lr_find.png")
+    return replace(recipe, lr_min=recipe.lr_min or curve.lr_min, lr_max=curve.lr_max)
+
+
+def train(learn: Learner, run: Run, started: float):
+    """Train in the run's folder, from its last checkpoint if there is one, and report what was learned."""
+    recipe, data = run.recipe, run.config["data"]
+    print(f"{data['name']}: {data['train']:,} training images, {data['valid']:,} validation images"
+          f" ({run.options.valid}); {run.path}")  # fmt: skip
+    checkpoint, done = last_checkpoint(run), 0
+    if checkpoint:
+        recipe = replace(recipe, lr_min=run.config["lr_min"], lr_max=run.config["lr_max"])
+        done, started = checkpoint[1]["epochs"], started - checkpoint[1]["elapsed"]
+        print(f"Resuming after epoch {done} of {recipe.epochs}")
+        learn.add_cb(TimeEstimate(recipe, done))
     else:
-        done = 0
-        write(run / "summary.txt", f"{learn.summary()}\n")
-        find = (options["lr_max"] or recipe.lr_max) is None
-        learn.add_cb(TimeEstimate(recipe, epochs, sweep=SWEEP["num_it"] if find else 0))
-        lr_min, lr_max = choose_lrs(learn, run, options)
-        write_json(run / "config.json", config | {"lr_min": lr_min, "lr_max": lr_max})
+        write(run.path / "summary.txt", f"{learn.summary()}\n")
+        learn.add_cb(TimeEstimate(recipe, sweep=SWEEP["num_it"] if recipe.lr_max is None else 0))
+        recipe = choose_lrs(learn, recipe, run.path)
+        run.update(lr_min=recipe.lr_min, lr_max=recipe.lr_max)
 
-    print(f"One cycle: {epochs} epochs, learning rate {lr_min:.2g} → {lr_max:.2g} at epoch {peak_epoch:g} → "
-          f"{0 if annihilate else lr_min:.2g}, {learn.precision}")  # fmt: skip
-    div = lr_max / lr_min
-    if done == epochs:  # only its last files and pictures are missing
-        learn.create_opt()
-        restore(learn, *checkpoint)
-        write_history(learn, run)
-    else:
-        learn.fit_one_cycle(
-            epochs,
-            lr_max,
-            div=div,
-            div_final=1e5 if annihilate else div,  # the assignment: no annihilation, so it ends where it began
-            pct_start=peak_epoch / epochs,
-            cbs=[
-                StopAtNaN(),
-                RunLog(run, started, dict(options=options, lr_min=lr_min, lr_max=lr_max), checkpoint),
-                *([ValidateLast()] if recipe.validate == "last" else []),
-            ],
-            start_epoch=done,
-        )
-    save_weights(learn.model, run / "model.safetensors")
-    training = learn.recorder.train_seconds  # without validation
+    print(f"One cycle: {recipe.epochs} epochs, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch"
+          f" {recipe.peak_epoch:g} → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
+    fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint)], done)
+    run.save_weights(learn.model)
 
-    interp = interpret(learn, run)
-    metrics = dict(
+    seconds = learn.recorder.train_seconds  # without validation; the report starts the recorder anew
+    interp = write_report(learn, run.path)
+    run.write_metrics(
         accuracy=interp.accuracy,
         loss=interp.losses.mean().item(),
-        epochs=epochs,
-        seconds=time.time() - started,  # without the time between a stop and going on
-        seconds_training=training,
-        images_per_second=epochs * len(learn.dls.train) * learn.dls.bs / training,
+        epochs=recipe.epochs,
+        seconds=time.time() - started,  # without the time between a stop and the resume
+        seconds_training=seconds,
+        images_per_second=recipe.epochs * len(learn.dls.train) * learn.dls.bs / seconds,
         per_class_accuracy=per_class_accuracy(interp),
     )
-    write_json(run / "metrics.json", metrics)
-    print(f"{images.name}: {interp.accuracy:.2%} of {len(interp.targs):,} images right. Figures and pictures: {run}")
+    print(f"{data['name']}: {interp.accuracy:.2%} of {len(interp.targs):,} images correct. See {run.path}")
 
 
-def choose_lrs(learn: Learner, run: Path, options: dict) -> tuple[float, float]:
-    """`(lr_min, lr_max)`: as given, as in the recipe, or as found by a sweep that is drawn into the run's folder."""
-    lr_min, lr_max = options["lr_min"], options["lr_max"] or RECIPES[options["recipe"]].lr_max
-    if lr_max is None:
-        print(f"LR finder: {SWEEP['num_it']} steps with rates from {SWEEP['start_lr']:g} to {SWEEP['end_lr']:g}")
-        curve = find_lrs(learn)
-        write_csv(run / "lr_find.csv", ["lr", "loss"], zip(curve.lrs, curve.losses, strict=True))
-        plot_lr_curve(curve)
-        save_figure(run / "lr_find.png")
-        lr_max, lr_min = curve.lr_max, lr_min or curve.lr_min
-    lr_min = lr_min or lr_max / 100
-    check_options(options | {"lr_min": lr_min, "lr_max": lr_max})
-    return lr_min, lr_max
-
-
-def options_to_resume(run: Path, name: str | None, options: dict) -> dict:
-    """The options of a run that was begun. Raises `UserError` for one typed beside --resume that would change it."""
-    begun = read_config(run)["options"]
-    parser = ArgumentParser(argument_default=SUPPRESS)
-    for option in options:
-        parser.add_argument("--" + option.replace("_", "-"), nargs="?")
-    for option in vars(parser.parse_known_args()[0]):
-        if option != "data" and options[option] != begun[option]:  # the images themselves are compared later
-            value = "without" if begun[option] is None else f"with {begun[option]} as"
-            raise UserError(
-                f"{run} was begun {value} {option}, which a resumed run keeps; leave out --{option}, or start a new run"
-            )
-    if name is not None:
-        raise UserError("a resumed run keeps its name; leave out --name")
-    return begun | ({"data": options["data"]} if options["data"] != "auto" else {})
-
-
-@call_parse
-@command_line
-def main(
-    data: str = "auto",  # auto (CIFAR-10 if it can be had, else digits), cifar10, digits, or a folder or archive
-    recipe: Annotated[str, choices(RECIPES)] = "assignment",  # how to train; fast and faster are for CPUs
-    valid: Annotated[str, choices(VALIDS)] = "test",  # report on the test split, or on a tenth of train
-    epochs: int = None,  # times to go through the training images (default: the recipe's; 6 on the digits)
-    peak_epoch: float = None,  # epoch at which the learning rate is highest (default: the recipe's, in proportion)
-    batch_size: int = None,  # images a step (default: 512; 64 where there are fewer than 10,000 training images)
-    lr_max: float = None,  # highest learning rate (default: the recipe's, or found)
-    lr_min: float = None,  # learning rate to start and to end with (default: found; a hundredth of a known lr_max)
-    annihilate: bool = False,  # end with a learning rate near zero instead of lr_min
-    norm: Annotated[str, choices(NORMS)] = "batch",  # kind of all normalisation layers
-    width: int = 64,  # channels of the first layer; fewer make a small net that trains in no time
-    precision: Annotated[str, choices(PRECISIONS)] = "auto",  # number format of the convolutions; auto is the fastest
-    device: Annotated[str, choices(DEVICES)] = "auto",  # what computes; auto is the fastest
-    clip: float = 0.0,  # limit for each value of the gradient, 0 for none; the assignment's notebook has 0.1
-    l1: float = 0.0,  # factor of an L1 penalty on all parameters
-    seed: int = 42,  # of every random choice: the same seed on the same machine gives the same weights
-    runs_dir: str = "runs",  # folder that holds the runs
-    name: str = None,  # of this run's folder (default: <date>-<time>-<data>-<recipe>)
-    resume: str = None,  # go on with a run that was stopped: its folder, or last
-):
-    "Train the assignment's ResNet with the one-cycle policy; leave a folder of figures and pictures."
-    options = dict(
-        data=data, recipe=recipe, valid=valid, epochs=epochs, peak_epoch=peak_epoch, batch_size=batch_size,
-        lr_max=lr_max, lr_min=lr_min, annihilate=annihilate, norm=norm, width=width, precision=precision,
-        device=device, clip=clip, l1=l1, seed=seed,
-    )  # fmt: skip
-    check_options(options)
-    check_name(name)
-    run = None
-    if resume is not None:
-        run = find_run(resume, runs_dir)
-        options = options_to_resume(run, name, options)
-        if (run / "metrics.json").is_file():
-            print(f"{run} is finished, there is nothing to go on with")
+def main(**given):
+    """Train or resume; `given` are the options that were typed, by name (see `Options`)."""
+    started, options, run = time.time(), Options(**given), None
+    if options.resume is not None:
+        run = Run.open(options.resume, options.runs_dir)
+        options = run.check_options(given)
+        if run.is_finished:
+            print(f"{run.path} is finished, there is nothing to resume")
             return
-    started = time.time()
-    set_seed(options["seed"], reproducible=True)
+    set_seed(options.seed, reproducible=True)
 
-    recipe = RECIPES[options["recipe"]]
-    dls = get_dls(options["data"], options["batch_size"], options["valid"], options["device"])
-    images = dls.train.table
-    if not len(dls.train):
-        raise UserError(f"batch_size is {dls.bs}, more than the {len(dls.train_ds):,} training images; lower it")
-    epochs = options["epochs"] or (DIGITS_EPOCHS if images.is_digits else recipe.epochs)
-    if options["peak_epoch"] is None:
-        options["peak_epoch"] = epochs * recipe.peak_epoch / recipe.epochs
-    options["annihilate"] |= recipe.annihilate
-    options |= dict(data=at_home(images.source), epochs=epochs, batch_size=dls.bs)
-    if dls.device.type in DEVICES:
-        options["device"] = dls.device.type
-    # Found rates are not known yet, but are within the sweep.
-    check_options(options | {"lr_max": options["lr_max"] or recipe.lr_max or SWEEP["end_lr"]})
-    learn = get_learner(dls, *(options[name] for name in ("norm", "width", "precision", "clip", "l1", "recipe")))
-    options["precision"] = learn.precision
-
-    if run is None:
-        data_set = dict(name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab))
-        config = dict(options=options, data=data_set | {"sha256": images.hash}, **surroundings())
-        run = new_run(runs_dir, name, images.name, options["recipe"])
+    images = ImageTable.open(options.data)
+    recipe = run.recipe if run else options.resolve(images)
+    dls = get_dls(images, recipe, options.valid, options.device)
+    learn = get_learner(dls, recipe, options.norm, options.width, options.precision)
+    if run:
+        run.check_data(learn)
+        run.config["options"]["data"] = options.data  # where the images are now
     else:
-        config = read_config(run)
-        check_data(run, config, dls)
-        config["options"]["data"] = options["data"]  # where the images are now
-    with held_run(run):
-        write_json(run / "config.json", config)
-        train(learn, run, config, started)
+        run = Run.create(options, recipe, learn)
+    with run.lock():
+        run.update()
+        train(learn, run, started)
+
+
+if __name__ == "__main__":
+    cli.run(main, Options)

@@ -1,38 +1,37 @@
-"""What a CUDA GPU makes of all this, measured in one go: `python benchmarks/gpu.py --data cifar10.tgz --out gpu.json`
+"""Everything about a CUDA GPU, measured in one go: `python -m benchmarks.gpu --data cifar10.tgz --out gpu.json`
 
-First a training step: ours, with loading and augmentation, against a bare PyTorch loop over one batch that is already
-there, with the same model, precision and batch size; ours over one batch as well, which shows what loading and
-augmentation add; how often the host waits for the GPU. Then whole trainings by each recipe from several seeds. Last,
-what `torch.compile` changes. No training and no compiling begins that would probably end after the time given.
+First a training step: ours, with loading and augmentation, against a plain PyTorch loop over one batch that is on the
+GPU already, with the same model, precision and batch size; ours over one batch as well, which shows what loading and
+augmentation add; how often the host waits for the GPU. Then whole trainings by each recipe with several seeds. Last,
+what `torch.compile` changes. No training and no compilation starts that would probably exceed the time limit.
 """
 
 import gc
 import itertools
 import statistics
-import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from fastai.vision.all import Callback, CancelFitException, DataLoaders, Learner, set_seed
-from fastcore.script import call_parse
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.choices import one_cycle
 from benchmarks.overhead import OneBatch, plain_step
-from data import get_dls
-from errors import UserError, command_line
-from learner import LOOK_EVERY, StopAtNaN, find_lrs, get_learner, resolve_precision
-from recipes import RECIPES
-from runs import surroundings, write_json
+from cifar10 import cli
+from cifar10.callbacks import SYNC_EVERY, StopAtNaN
+from cifar10.cli import UserError
+from cifar10.files import write_json
+from cifar10.learner import resolve_precision
+from cifar10.recipes import RECIPES
+from cifar10.run import collect_env
+from train import choose_lrs, fit, get_dls, get_learner
 
 LR = 0.01
 WARM_UP = 5  # steps before each measurement
-BETWEEN_LOOKS = LOOK_EVERY - WARM_UP - 1  # steps after those in which nothing should make the host wait
+BETWEEN_SYNCS = SYNC_EVERY - WARM_UP - 1  # steps after those in which nothing should make the host wait
 WAIT = "called a synchronizing"  # PyTorch's warning
-COMPILING = 120  # seconds to keep for torch.compile, about
+COMPILING = 120  # seconds that torch.compile needs, about
 
 
 def now(device: torch.device) -> float:
@@ -104,18 +103,18 @@ def one_batch(dls: DataLoaders) -> DataLoaders:
 
 
 def waits(learn: Learner) -> dict[str, int]:
-    """Where the host waits for the GPU in the steps between two looks at the loss → how often. Needs CUDA."""
+    """Where the host waits for the GPU in the steps between two reads of the loss → how often. Needs CUDA."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            learn.fit_one_cycle(1, LR, cbs=[StopAtNaN(), WarnOfWaits(BETWEEN_LOOKS)])
+            learn.fit_one_cycle(1, LR, cbs=[StopAtNaN(), WarnOfWaits(BETWEEN_SYNCS)])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = ["/".join([*Path(w.filename).parts[-2:], str(w.lineno)]) for w in caught if WAIT in str(w.message)]
     return {place: places.count(place) for place in sorted(set(places))}
 
 
-def step_figures(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict:
+def step_results(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict:
     """Ours, ours over one batch and the bare loop take turns; of each the median of the rounds, in milliseconds."""
     learn, fed = get_learner(dls, width=width), get_learner(one_batch(dls), width=width)
     ways = {
@@ -127,13 +126,13 @@ def step_figures(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict:
     for _ in range(rounds):
         for name, way in ways.items():
             times[name].append(1000 * way())
-    figures = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    ours = figures["ours_ms"]
-    ratios = dict(ratio=ours / figures["bare_ms"], data_share=1 - figures["one_batch_ms"] / ours)
-    return dict(precision=learn.precision, batch_size=dls.bs, steps=steps * rounds) | figures | ratios
+    results = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
+    ours = results["ours_ms"]
+    ratios = dict(ratio=ours / results["bare_ms"], data_share=1 - results["one_batch_ms"] / ours)
+    return dict(precision=learn.precision, batch_size=dls.bs, steps=steps * rounds) | results | ratios
 
 
-def compiled_figures(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict:
+def compiled_results(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict:
     """Milliseconds of a step with `torch.compile` and without, in turn; how long compiling took."""
     usual, compiled = get_learner(dls, width=width), get_learner(dls, width=width)
     compiled.model.compile()
@@ -154,77 +153,70 @@ def whole_training(dls: DataLoaders, name: str, seed: int, width: int) -> tuple[
     begin = now(dls.device)
     set_seed(seed, reproducible=True)
     dls.train.rng.seed(seed)  # which draws the order of the images
-    learn = get_learner(dls, recipe=name, width=width)
-    if recipe.lr_max is None:
-        curve = find_lrs(learn)
-        lr_min, lr_max = curve.lr_min, curve.lr_max
-    else:
-        lr_min, lr_max = recipe.lr_max / 100, recipe.lr_max
-    with learn.no_logging():
-        accuracy = one_cycle(learn, recipe, lr_min, lr_max)
-    return now(dls.device) - begin, accuracy
+    learn = get_learner(dls, recipe, width=width)
+    with learn.no_logging(), tempfile.TemporaryDirectory() as folder:
+        fit(learn, choose_lrs(learn, recipe, Path(folder)))
+    return now(dls.device) - begin, learn.recorder.values[-1][-1]
 
 
-def figures_of(trainings: dict[int, tuple[float, float]]) -> dict:
+def summarize(trainings: dict[int, tuple[float, float]]) -> dict:
     """Mean, standard deviation and all values of seconds and accuracy of trainings by their seeds."""
-    figures = {"seeds": list(trainings)}
+    results = {"seeds": list(trainings)}
     for quantity, values in zip(("seconds", "accuracy"), zip(*trainings.values(), strict=True), strict=True):
         spread = statistics.stdev(values) if len(values) > 1 else None
-        figures[quantity] = dict(mean=statistics.mean(values), standard_deviation=spread, values=list(values))
-    return figures
+        results[quantity] = dict(mean=statistics.mean(values), standard_deviation=spread, values=list(values))
+    return results
 
 
 def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, end: float, out: str):
-    """Measure everything, and note each figure in `out` at once.
+    """Measure everything, and write each result to `out` at once.
 
-    No training or compiling begins that would probably go on after `end` of the performance counter.
+    No training and no compilation starts that would probably end after `end` of the performance counter.
     """
-    figures = surroundings()
+    results = collect_env()
 
     def note(name: str, value):
-        figures[name] = value
+        results[name] = value
         print(f"{name}: {value}")
         if out:
-            write_json(Path(out), figures)
+            write_json(Path(out), results)
 
     set_seed(0, reproducible=True)
-    note("step", step_figures(dls, width, steps, rounds))
-    note("waits", {name: waits(get_learner(dls, recipe=name, width=width)) for name in RECIPES})
-    results = {name: {} for name in RECIPES}
-    epoch = len(dls.train) * figures["step"]["ours_ms"] / 1000
+    note("step", step_results(dls, width, steps, rounds))
+    note("waits", {name: waits(get_learner(dls, recipe, width=width)) for name, recipe in RECIPES.items()})
+    trainings = {name: {} for name in RECIPES}
+    epoch = len(dls.train) * results["step"]["ours_ms"] / 1000
     expected = {name: 1.5 * epoch * recipe.epochs for name, recipe in RECIPES.items()}
     for seed, name in itertools.product(range(seeds), RECIPES):
         if time.perf_counter() + expected[name] > end:
-            print(f"no time is left for {name} from seed {seed}")
+            print(f"no time is left for {name} with seed {seed}")
             continue
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         try:
-            results[name][seed] = whole_training(dls, name, seed, width)
+            trainings[name][seed] = whole_training(dls, name, seed, width)
         except UserError as reason:  # from the LR finder
-            note(f"{name} from seed {seed}", f"failed: {reason}")
+            note(f"{name} with seed {seed}", f"failed: {reason}")
             continue
-        expected[name] = max(seconds for seconds, _ in results[name].values())
-        note(name, figures_of(results[name]) | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30})
+        expected[name] = max(seconds for seconds, _ in trainings[name].values())
+        note(name, summarize(trainings[name]) | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30})
     if time.perf_counter() + COMPILING < end:
         try:
-            note("compile", compiled_figures(dls, width, steps, rounds))
+            note("compile", compiled_results(dls, width, steps, rounds))
         except Exception as reason:  # of a compiler that isn't ours
             note("compile", f"failed: {type(reason).__name__}: {str(reason)[:300]}")
     else:
         note("compile", "no time was left")
 
 
-@call_parse
-@command_line
 def main(
-    data: str = "cifar10",  # as of train.py
-    steps: int = 60,  # of each way in a round, all in one epoch
-    rounds: int = 5,  # in which the ways take turns
+    data: str = "cifar10",  # as for train.py
+    steps: int = 60,  # of each way per round, all in one epoch
+    rounds: int = 5,  # in which the ways alternate
     seeds: int = 5,  # trainings by each recipe
     width: int = 64,  # of the ResNet
     minutes: float = 9.0,  # for everything
-    out: str = "",  # JSON file for the figures
+    out: str = "",  # JSON file for the results
 ):
     "Measure steps and whole trainings on a CUDA GPU."
     end = time.perf_counter() + 60 * minutes
@@ -233,6 +225,10 @@ def main(
     dls = get_dls(data)
     if resolve_precision("auto", dls.device) == "fp16":
         raise UserError("this GPU computes no bf16 in hardware, and in fp16 each step waits for its gradients' scale")
-    if WARM_UP + max(steps, BETWEEN_LOOKS) > len(dls.train):
+    if WARM_UP + max(steps, BETWEEN_SYNCS) > len(dls.train):
         raise UserError(f"an epoch of {dls.train.table.name} has {len(dls.train)} steps, too few to measure")
     measure(dls, steps, rounds, seeds, width, end, out)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,27 +1,26 @@
-"""What our Learner adds to a plain PyTorch loop: `python benchmarks/overhead.py`.
+"""What our Learner adds to a plain PyTorch loop: `python -m benchmarks.overhead`
 
 Both train the same model with the same optimizer on batches of the same size in the same precision and memory format,
-in one process, in turn: a step of the one, a step of the other. Printed is the ratio of the medians of their durations.
-Both get random images, so the figure is the training step's; the augmentation is outside it on either side.
+in one process, alternately: a step of the one, a step of the other. The result is the ratio of their median durations.
+Both get random images, so only the training step is measured; the augmentation is outside of it on either side.
 """
 
 import statistics
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from fastai.vision.all import Callback, CancelFitException, DataLoader, DataLoaders, set_seed
-from fastcore.script import call_parse
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from learner import LABEL_SMOOTHING, MOMENTUM, decayed_and_not, get_learner
+from cifar10 import cli
+from cifar10.files import write_json
+from cifar10.optim import Muon, param_groups_weight_decay
+from cifar10.recipes import ASSIGNMENT
+from cifar10.run import collect_env
 from model import ResNet
-from muon import Muon
-from runs import surroundings, write_json
+from train import get_learner
 
 
 class OneBatch(DataLoader):
@@ -42,7 +41,7 @@ class OneBatch(DataLoader):
 class Alternate(Callback):
     """Time each step of the Learner, and a step of `other` after it."""
 
-    order = 1000  # the last, so that the other callbacks' work counts as the Learner's
+    order = 1000  # the last one, so that the work of the other callbacks counts as the Learner's
 
     def __init__(self, other, times: list):
         self.other, self.times = other, times
@@ -64,12 +63,13 @@ class Alternate(Callback):
 
 
 def plain_step(batch: tuple, classes: int, width: int, precision: str):
-    """A function that trains a ResNet of its own for one step on `batch`, where that is."""
+    """A function that trains a ResNet of its own for one step on `batch`, on the device of the batch."""
     device = batch[0].device
     model = ResNet(classes, width=width).to(device, memory_format=torch.channels_last).train()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    optimizer = Muon(decayed_and_not(model), lr=0.01, momentum=MOMENTUM, dtype=dtype)
-    loss_func = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
+    groups = param_groups_weight_decay(model, ASSIGNMENT)
+    optimizer = Muon(groups, lr=0.01, momentum=ASSIGNMENT.momentum, ns_steps=ASSIGNMENT.ns_steps, dtype=dtype)
+    loss_func = nn.CrossEntropyLoss(label_smoothing=ASSIGNMENT.label_smoothing)
 
     def step():
         x, y = batch
@@ -84,7 +84,7 @@ def plain_step(batch: tuple, classes: int, width: int, precision: str):
 
 
 def measure(bs: int, steps: int, width: int, warmup: int = 2) -> dict:
-    """Median seconds a step of ours and of the plain loop, and their ratio, over `steps` steps after `warmup` ones."""
+    """Median seconds per step of ours and of the plain loop, and their ratio, over `steps` steps after a warm-up."""
     set_seed(0)
     batch = torch.randn(bs, 3, 32, 32), torch.randint(10, (bs,))
     dls = DataLoaders(OneBatch(batch, steps + warmup), OneBatch(batch, 1), device=torch.device("cpu"))
@@ -102,18 +102,21 @@ def measure(bs: int, steps: int, width: int, warmup: int = 2) -> dict:
     }  # fmt: skip
 
 
-@call_parse
 def main(
-    bs: int = 128,  # images a step
+    bs: int = 128,  # batch size
     steps: int = 20,  # measured steps of each
     width: int = 64,  # of the ResNet
-    out: str = None,  # JSON file for the figures
+    out: str = "",  # JSON file for the results
 ):
     "Compare a training step of our Learner with one of a plain PyTorch loop."
-    figures = measure(bs, steps, width)
+    results = measure(bs, steps, width)
     print(
-        f"{figures['ours_seconds'] * 1000:.1f} ms a step against {figures['plain_seconds'] * 1000:.1f} ms in a plain"
-        f" loop: ratio {figures['ratio']:.3f} ({figures['precision']}, batch {bs}, width {width}, {steps} steps each)"
+        f"{results['ours_seconds'] * 1000:.1f} ms per step against {results['plain_seconds'] * 1000:.1f} ms in a plain"
+        f" loop: ratio {results['ratio']:.3f} ({results['precision']}, batch {bs}, width {width}, {steps} steps each)"
     )
     if out:
-        write_json(Path(out), figures | surroundings())
+        write_json(Path(out), results | collect_env())
+
+
+if __name__ == "__main__":
+    cli.run(main)

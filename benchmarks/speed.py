@@ -1,14 +1,14 @@
-"""How fast we train on a CPU: against other ways, and against the machine's limit. `python benchmarks/speed.py`
+"""How fast we train on a CPU, against other ways and against the machine's limit: `python -m benchmarks.speed`
 
-In turn, a few steps of each, in a process of its own: our Learner; a plain PyTorch loop as people write it (fp32,
+Alternately, a few steps of each, in a process of its own: our Learner; a plain PyTorch loop as people write it (fp32,
 contiguous tensors, torchvision's transforms of one image after the other in a DataLoader with workers); fastai as its
 tutorials use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. The limit is
-the machine's rate of multiplying matrices of the net's own sizes, in the precision that our Learner uses; only a
+the rate at which torch multiplies matrices of the model's own sizes, in the precision that our Learner uses; only a
 convolution's own kernel may be a little faster.
 """
 
 import itertools
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -38,20 +38,18 @@ from fastai.vision.all import (
     setup_aug_tfms,
 )
 from fastai.vision.augment import Flip
-from fastcore.script import call_parse
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from data import SIZE, get_dls
-from errors import command_line
-from learner import get_learner
+from cifar10 import cli
+from cifar10.files import write_json
+from cifar10.images import SIZE
+from cifar10.run import collect_env
 from model import ResNet
-from runs import surroundings, write_json
+from train import get_dls, get_learner
 
 LR = 0.01
 WORKERS = 2
@@ -78,7 +76,7 @@ def durations(ends: list[float]) -> list[float]:
 
 
 def steps_of(learn: Learner, steps: int) -> list[float]:
-    """Seconds of each of so many training steps of a Learner."""
+    """Seconds of each of `steps` training steps of a Learner."""
     timer = Timer(steps)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, LR, cbs=timer)
@@ -147,7 +145,7 @@ def stock_fastai(dls, width: int) -> Learner:
 @cache
 def other_way(name: str, data: str, bs: int, width: int):
     """A function from a number of steps to their durations."""
-    dls = get_dls(data, bs, device="cpu")
+    dls = get_dls(data, batch_size=bs, device="cpu")
     return PlainLoop(dls, width) if name == "plain" else partial(steps_of, stock_fastai(dls, width))
 
 
@@ -165,12 +163,12 @@ def training_flops(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-# Of the net's convolutions: channels in, in widths or 3; channels out, in widths; pixels along each side.
+# Of the model's convolutions: channels in, in widths or 3; channels out, in widths; pixels along each side.
 CONVOLUTIONS = ((3, 1, 32), (1, 2, 32), (2, 2, 16), (2, 2, 16), (2, 4, 16), (4, 8, 8), (8, 8, 4), (8, 8, 4))
 
 
 def matrix_rate(width: int, bs: int, dtype: torch.dtype) -> float:
-    """Operations a second in matrix products of the sizes of the net's convolutions, forward and backward.
+    """Operations per second in matrix products of the sizes of the model's convolutions, forward and backward.
 
     The images themselves need no gradient, so that the first convolution has two products and the others have three.
     """
@@ -215,29 +213,29 @@ def operators(learn: Learner, top: int = 8) -> dict[str, float]:
 
 def peak_gib(data: str, bs: int, width: int) -> float:
     """The largest resident size, in GiB, of a process that trains for four steps and validates on all images."""
+    import resource  # not available on Windows
+
     code = (
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}\n"
-        "import speed\n"
-        f"learn = speed.get_learner(speed.get_dls({data!r}, {bs}, device='cpu'), width={width})\n"
+        "from benchmarks import speed\n"
+        f"learn = speed.get_learner(speed.get_dls({data!r}, batch_size={bs}, device='cpu'), width={width})\n"
         "speed.steps_of(learn, 3); learn.validate()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
-@call_parse
-@command_line
 def main(
-    data: str = "cifar10",  # as of train.py
-    bs: int = 512,  # images a step
+    data: str = "cifar10",  # as for train.py
+    bs: int = 512,  # batch size
     steps: int = 2,  # measured steps of each way in a round
-    rounds: int = 4,  # in which all ways take turns
+    rounds: int = 4,  # in which all ways alternate
     width: int = 64,  # of the ResNet
-    out: str = "",  # JSON file for the figures
+    out: str = "",  # JSON file for the results
 ):
     "Compare our training with other ways and with the machine's limit."
     set_seed(0)
-    dls = get_dls(data, bs, device="cpu")
+    dls = get_dls(data, batch_size=bs, device="cpu")
     memory = peak_gib(data, bs, width)
     learn = get_learner(dls, width=width)
     others = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in ("plain", "stock_fastai")}
@@ -256,13 +254,13 @@ def main(
     step = {name: statistics.median(values) for name, values in seconds.items()}
     per_image = training_flops(ResNet(len(dls.vocab), width=width))
     rate = bs / step["ours"] * per_image
-    figures = dict(
+    results = dict(
         batch_size=bs, width=width, steps=steps * rounds, precision=learn.precision,
         images_per_second={name: bs / value for name, value in step.items()},
         times_plain=step["plain"] / step["ours"],
         times_stock_fastai=step["stock_fastai"] / step["ours"],
         flops_per_image=per_image,
-        net_flops_per_second=rate,
+        model_flops_per_second=rate,
         matrix_flops_per_second=max(rates),
         part_of_limit=rate / max(rates),
         data_images_per_second=bs / statistics.median(loading),
@@ -271,11 +269,15 @@ def main(
         peak_gib=memory,
     )  # fmt: skip
     print(f"| {learn.precision}, batches of {bs} | images/s | ours is |\n| --- | ---: | ---: |")
-    for name, value in figures["images_per_second"].items():
+    for name, value in results["images_per_second"].items():
         print(f"| {name} | {value:.1f} | {step[name] / step['ours']:.2f} × as fast |")
-    print(f"the limit: {figures['part_of_limit']:.1%} of {max(rates) / 1e9:.0f} GFLOP/s in matrix products")
-    print("a step: " + ", ".join(f"{part:.1%} {name}" for name, part in figures["operators"].items()))
-    print(f"data: {figures['data_images_per_second']:,.0f} images/s, {figures['data_part_of_step']:.2%} of a step")
+    print(f"the limit: {results['part_of_limit']:.1%} of {max(rates) / 1e9:.0f} GFLOP/s in matrix products")
+    print("a step: " + ", ".join(f"{part:.1%} {name}" for name, part in results["operators"].items()))
+    print(f"data: {results['data_images_per_second']:,.0f} images/s, {results['data_part_of_step']:.2%} of a step")
     print(f"memory: {memory:.2f} GiB at most")
     if out:
-        write_json(Path(out), figures | surroundings())
+        write_json(Path(out), results | collect_env())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 HOME = tempfile.TemporaryDirectory(prefix="tests-fastai-")
@@ -14,13 +15,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from commandline import ROOT  # noqa: E402, F401
+from fastai.vision.all import Learner, set_seed  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from data import get_dls  # noqa: E402
+from cifar10 import learner as learners  # noqa: E402
+from cifar10.interpretation import Interpretation  # noqa: E402
+from cifar10.recipes import ASSIGNMENT  # noqa: E402
+from model import ResNet  # noqa: E402
+from train import get_dls, get_learner  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def cifar10() -> str:
+def cifar10_path() -> str:
     """The path of CIFAR-10, from the environment variable of that name."""
     path = os.environ.get("CIFAR10")
     if not path:
@@ -53,3 +59,29 @@ def make_images(folder: Path, train: int = 24, test: int = 8, classes=("cross", 
 def shapes(tmp_path_factory) -> Path:
     """An image folder of two classes, 48 training and 16 test images."""
     return make_images(tmp_path_factory.mktemp("images") / "shapes")
+
+
+@pytest.fixture
+def dls(shapes):
+    set_seed(1)
+    return get_dls(shapes, batch_size=16)
+
+
+def small(dls, width: int = 4, precision: str = "fp32", path=None, **hyperparameters) -> Learner:
+    """A Learner with a small model, in fp32 unless told otherwise, so that it learns the same on every machine."""
+    recipe = replace(ASSIGNMENT, **hyperparameters)
+    return learners.get_learner(dls, ResNet(len(dls.vocab), width=width), recipe, precision, path)
+
+
+@pytest.fixture(scope="session")
+def trained(digits):
+    """A small model after one epoch of digits: some images are still wrong."""
+    set_seed(0)
+    learn = get_learner(digits, width=8, precision="fp32")
+    learn.fit_one_cycle(1, 0.1)
+    return learn
+
+
+@pytest.fixture(scope="session")
+def interp(trained):
+    return Interpretation(trained)

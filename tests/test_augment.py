@@ -7,6 +7,7 @@ from scipy.stats import binomtest, chisquare
 from torchvision.transforms.v2.functional import pad
 
 from augment import Cutout, FlipLR, RandomCrop
+from train import get_dls
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 TRANSFORMS = pytest.mark.parametrize("transform", [RandomCrop(), FlipLR(), Cutout()], ids=lambda t: type(t).__name__)
@@ -107,8 +108,6 @@ def test_a_seed_repeats_it_and_images_differ(transform):
 
 
 def test_the_assignments_order_in_training_only(digits, shapes):
-    from data import get_dls
-
     names = [type(transform).__name__ for transform in get_dls(shapes).after_batch.fs]
     assert [name for name in names if name in ("RandomCrop", "FlipLR", "Cutout")] == ["RandomCrop", "FlipLR", "Cutout"]
     assert "FlipLR" not in [type(transform).__name__ for transform in digits.after_batch.fs]

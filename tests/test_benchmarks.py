@@ -1,47 +1,48 @@
-"""The programs that measure: that they run, and that their figures fit together; how large those are is not tested."""
+"""The programs that measure: that they run, and that their results fit together; how large those are is not tested."""
 
 import json
 import subprocess
 import sys
 import time
 import warnings
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
-from commandline import ROOT, command
+from commandline import ROOT
 from matplotlib import pyplot as plt
 from torch import nn
 
-import learner
-from benchmarks import choices, gpu, notebook
+from benchmarks import ablation, compare, gpu
 from benchmarks.speed import CONVOLUTIONS, training_flops
-from errors import UserError
+from cifar10.cli import UserError
+from cifar10.recipes import RECIPES
 from model import ResNet
-from muon import Muon
-from recipes import RECIPES
+
+
+def module(name: str, *arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+    """Run one of the benchmarks as README says."""
+    words = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 def test_the_speed_benchmark(shapes, tmp_path):
-    """benchmarks/speed.py runs and its figures fit together; how large they are is for a quiet machine to say."""
-    tiny = ("--bs", 8, "--width", 4, "--rounds", 1, "--steps", 2, "--out", "speed.json")
-    # A process of its own, because the processes that it starts must find its functions in __main__.
-    script = [sys.executable, ROOT / "benchmarks/speed.py", "--data", shapes, *map(str, tiny)]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    tiny = ("--bs", 8, "--width", 4, "--rounds", 1, "--steps", 2, "--out", tmp_path / "speed.json")
+    done = module("speed", "--data", shapes, *tiny)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "speed.json").read_text())
     rates = figures["images_per_second"]
     assert set(rates) == {"ours", "plain", "stock_fastai"}
     assert figures["times_plain"] == pytest.approx(rates["ours"] / rates["plain"])
-    assert figures["net_flops_per_second"] == pytest.approx(rates["ours"] * figures["flops_per_image"])
+    assert figures["model_flops_per_second"] == pytest.approx(rates["ours"] * figures["flops_per_image"])
     assert figures["part_of_limit"] == pytest.approx(
-        figures["net_flops_per_second"] / figures["matrix_flops_per_second"]
+        figures["model_flops_per_second"] / figures["matrix_flops_per_second"]
     )
     assert figures["data_part_of_step"] == pytest.approx(rates["ours"] / figures["data_images_per_second"])
     assert 0.3 < figures["peak_gib"] < 3 and "aten::convolution_backward" in figures["operators"]
 
 
-def test_the_operations_of_the_net():
+def test_the_operations_of_the_model():
     """Counted by hand: 2 for each weight of a convolution at each place, forward, and twice that backward."""
     forward = sum(
         2 * 9 * (inputs * 64 if layer else inputs) * outputs * 64 * side**2
@@ -51,18 +52,19 @@ def test_the_operations_of_the_net():
     assert training_flops(ResNet()) == 3 * forward - first
 
 
-def test_killed_runs_go_on_exactly(tmp_path):
+@pytest.mark.slow
+def test_killed_runs_resume_exactly(tmp_path):
     """A smaller version of the program's own test; in both records every run was killed and ends identical."""
-    done = command("benchmarks/kill.py", "--runs", 2, "--out", "kill.json", cwd=tmp_path)
+    done = module("resume", "--runs", 2, "--out", tmp_path / "resume.json")
     assert done.returncode == 0, done.stdout + done.stderr
-    for record, runs in ((tmp_path / "kill.json", 2), (ROOT / "results/kill.json", 20)):
+    for record, runs in ((tmp_path / "resume.json", 2), (ROOT / "results/resume.json", 20)):
         figures = json.loads(record.read_text())
         assert figures["runs"] == figures["identical"] == figures["killed"] == len(figures["record"]) == runs
 
 
 def test_the_bare_loop(tmp_path):
-    """benchmarks/overhead.py runs and measures; its committed figures are within the bound."""
-    done = command("benchmarks/overhead.py", "--bs", 8, "--steps", 4, "--width", 4, "--out", "out.json", cwd=tmp_path)
+    """The benchmark runs and measures; its committed result is within the bound."""
+    done = module("overhead", "--bs", 8, "--steps", 4, "--width", 4, "--out", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
     assert (
@@ -76,14 +78,14 @@ def test_the_bare_loop(tmp_path):
 
 def test_a_run_beside_the_notebook(tmp_path):
     run = ROOT / "results/cifar10-assignment"
-    done = command("benchmarks/notebook.py", run, "--out", "notebook.png", cwd=tmp_path)
+    done = module("compare", run, "--out", tmp_path / "notebook.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "notebook.png").read_bytes()[:4] == b"\x89PNG"
-    notebook.plot_beside_notebook(run)
-    both, closer = plt.gcf().axes
+    compare.plot_beside_notebook(run)
+    both, close_up = plt.gcf().axes
     accuracy = json.loads((run / "metrics.json").read_text())["accuracy"]
-    assert {len(line.get_xdata()) for line in both.lines} == {24} and closer.get_xlabel() == "Epoch"
-    assert f"ours, test: {accuracy:.2%} at the end".replace("%", " %") in [line.get_label() for line in both.lines]
+    assert {len(line.get_xdata()) for line in both.lines} == {24} and close_up.get_xlabel() == "Epoch"
+    assert f"ours, test: {accuracy:.2%} at the end" in [line.get_label() for line in both.lines]
     plt.close()
 
 
@@ -91,37 +93,34 @@ def test_other_data_are_not_set_beside_the_notebook(tmp_path):
     config = json.loads((ROOT / "results/cifar10-assignment/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"name": "digits"}}))
     (tmp_path / "history.csv").write_text("epoch\n1\n")
-    done = command("benchmarks/notebook.py", tmp_path, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not tested on CIFAR-10's test" in done.stderr
+    done = module("compare", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not evaluated on CIFAR-10's test" in done.stderr
 
 
-# ---- Choices
+# ---- Ablation
 
 
-def test_a_change_changes_one_thing_for_one_training(shapes, monkeypatch):
-    """A recipe's field and a constant of the code are changed while a net is trained, and are back afterwards."""
-    seen = []
-    unchanged = RECIPES["faster"]
-    monkeypatch.setitem(choices.CHANGES, "faster", (dict(epochs=1, peak_epoch=0.5), []))
-    monkeypatch.setattr(
-        choices,
-        "one_cycle",
-        lambda learn, recipe, *rates: seen.append((recipe, learn.loss_func.func.label_smoothing, learn.opt_func)),
-    )
-    monkeypatch.setattr(choices, "get_dls", partial(choices.get_dls, bs=8))
-    for change in (choices.Change("", dict(lr_max=0.2)), choices.SMOOTHING_OFF, choices.SGD):
-        choices.holdout_accuracy("faster", change, shapes, 4, 0)
-    begun = unchanged._replace(epochs=1, peak_epoch=0.5)
-    assert [(recipe, smoothing, opt_func.keywords["opt"].func) for recipe, smoothing, opt_func in seen] == [
-        (begun._replace(lr_max=0.2), 0.1, Muon),
-        (begun, 0.0, Muon),
-        (begun, 0.1, choices.sgd),
-    ]
-    assert RECIPES["faster"] == unchanged and learner.Muon is Muon
+def test_each_variant_changes_what_it_says():
+    """The variants are recipes, with only the named fields changed."""
+    for name, (changes, variants) in ablation.VARIANTS.items():
+        base = replace(RECIPES[name], **changes)
+        assert variants[ablation.BASELINE] == {}
+        for title, fields in variants.items():
+            variant = replace(base, **fields)
+            assert (variant != base) == (title != ablation.BASELINE), title
 
 
-def test_the_table_of_choices(tmp_path):
-    figures = dict(
+def test_the_ablation(shapes, tmp_path):
+    """From the command line, with a variant or two: each is trained by its own recipe."""
+    done = module("ablation", "faster", "--data", shapes, "--width", 2, "--out", tmp_path / "ablation.json")
+    assert done.returncode == 0, done.stderr
+    accuracies = json.loads((tmp_path / "ablation.json").read_text())["faster"]["accuracies"]
+    assert set(accuracies) == set(ablation.VARIANTS["faster"][1])
+    assert all(0 <= accuracy <= 1 for by_seed in accuracies.values() for accuracy in by_seed.values())
+
+
+def test_the_table_of_the_ablation(tmp_path):
+    results = dict(
         epochs=5,
         peak_epoch=1.5,
         lr_max=0.3,
@@ -130,46 +129,46 @@ def test_the_table_of_choices(tmp_path):
         command="python x",
         accuracies={"nothing": {"0": 0.8, "1": 0.81}, "SGD": {"0": 0.79, "1": 0.78}, "not done": {"0": 0.5}},
     )
-    choices.save(tmp_path / "choices.json", "faster", figures)
-    choices.save(tmp_path / "choices.json", "assignment", figures | dict(accuracies={"nothing": {}}))
-    text = (tmp_path / "choices.md").read_text()
+    ablation.save(tmp_path / "ablation.json", "faster", results)
+    ablation.save(tmp_path / "ablation.json", "assignment", results | dict(accuracies={"nothing": {}}))
+    text = (tmp_path / "ablation.md").read_text()
     assert "| SGD | 80.50% | 78.50% | -2.00 |" in text and "not done" not in text
-    assert "5 epochs, rates up to 0.3 at the end of epoch 1.5, width 16, the mean of 2 seeds" in text
-    assert list(json.loads((tmp_path / "choices.json").read_text())) == ["faster", "assignment"]
-    results = ROOT / "results"
-    committed = json.loads((results / "choices.json").read_text())
-    assert set(committed) == set(choices.CHANGES)
-    assert (results / "choices.md").read_text() == choices.tables(committed)
+    assert "5 epochs, peak learning rate 0.3 at the end of epoch 1.5, width 16, mean of 2 seeds" in text
+    assert list(json.loads((tmp_path / "ablation.json").read_text())) == ["faster", "assignment"]
+    committed = json.loads((ROOT / "results/ablation.json").read_text())
+    for name, (_, variants) in ablation.VARIANTS.items():
+        assert set(committed[name]["accuracies"]) == set(variants)
+    assert (ROOT / "results/ablation.md").read_text() == ablation.tables(committed)
 
 
 # ---- GPU
 
 
 def test_without_a_gpu_the_program_says_so(tmp_path):
-    done = command("benchmarks/gpu.py", cwd=tmp_path)
+    done = module("gpu")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "CUDA GPU" in done.stderr
 
 
 def test_the_steps_of_the_gpu_benchmark(digits, monkeypatch):
-    figures = gpu.step_figures(digits, width=4, steps=3, rounds=1)
+    figures = gpu.step_results(digits, width=4, steps=3, rounds=1)
     assert figures["ratio"] == pytest.approx(figures["ours_ms"] / figures["bare_ms"]) and figures["bare_ms"] > 0
     assert figures["data_share"] == pytest.approx(1 - figures["one_batch_ms"] / figures["ours_ms"])
     assert figures["one_batch_ms"] > 0
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
-    figures = gpu.compiled_figures(digits, width=4, steps=3, rounds=1)
+    figures = gpu.compiled_results(digits, width=4, steps=3, rounds=1)
     assert figures["times_as_fast"] == pytest.approx(figures["off_ms"] / figures["on_ms"])
 
 
 def test_the_trainings_of_the_gpu_benchmark(digits, monkeypatch):
-    monkeypatch.setitem(RECIPES, "faster", RECIPES["faster"]._replace(epochs=1, peak_epoch=0.2))
+    monkeypatch.setitem(RECIPES, "faster", replace(RECIPES["faster"], epochs=1, peak_epoch=0.2))
     results = [gpu.whole_training(digits, "faster", seed, width=4) for seed in (0, 0, 1)]
     accuracies = [accuracy for _, accuracy in results]
     assert accuracies[0] == accuracies[1] != accuracies[2]
-    figures = gpu.figures_of(dict(enumerate(results)))
+    figures = gpu.summarize(dict(enumerate(results)))
     assert figures["seeds"] == [0, 1, 2] and figures["accuracy"]["values"] == accuracies
     assert figures["seconds"]["mean"] == pytest.approx(sum(seconds for seconds, _ in results) / 3)
     assert figures["accuracy"]["standard_deviation"] == pytest.approx(torch.tensor(accuracies).std().item(), rel=1e-4)
-    assert gpu.figures_of({5: results[0]})["seconds"]["standard_deviation"] is None
+    assert gpu.summarize({5: results[0]})["seconds"]["standard_deviation"] is None
 
 
 def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, monkeypatch):
@@ -196,15 +195,15 @@ def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", warn_once)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
-    monkeypatch.setattr(gpu, "BETWEEN_LOOKS", 4)
+    monkeypatch.setattr(gpu, "BETWEEN_SYNCS", 4)
     for name, recipe in RECIPES.items():
-        monkeypatch.setitem(RECIPES, name, recipe._replace(epochs=1, peak_epoch=0.2, lr_max=recipe.lr_max or 0.1))
+        monkeypatch.setitem(RECIPES, name, replace(recipe, epochs=1, peak_epoch=0.2, lr_max=recipe.lr_max or 0.1))
     gpu.measure(digits, steps=3, rounds=1, seeds=2, width=4, end=time.perf_counter() + 600, out=str(out))
     figures = json.loads(out.read_text())
     assert figures["step"]["ratio"] > 0 and "no compiler" in figures["compile"]
     assert figures["waits"] == {name: {"fastai/learner.py/7": 1} for name in RECIPES}
     assert modes == ["warn", "default", "default"] * 3
-    assert "blows up" in figures["assignment from seed 0"]
+    assert "blows up" in figures["assignment with seed 0"]
     for name in RECIPES:
         assert figures[name]["seeds"] == ([1] if name == "assignment" else [0, 1])
         assert len(figures[name]["accuracy"]["values"]) == len(figures[name]["seeds"])

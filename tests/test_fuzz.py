@@ -1,7 +1,6 @@
 """Whatever is in a file: a `UserError` or a result, never another exception, never a hang, never a file outside."""
 
 import io
-import json
 import shutil
 import tarfile
 import tempfile
@@ -14,11 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import SIZE, get_dls, pixels_of, unpack
-from errors import UserError
-from files import Damaged, load_tensors, save_tensors
-from learner import get_learner
-from runs import last_checkpoint, load_run, read_config, save_weights
+from cifar10.checkpoint import last_checkpoint
+from cifar10.checkpoint import settings as settings_of
+from cifar10.cli import UserError
+from cifar10.files import CorruptFileError, save_tensors
+from cifar10.images import SIZE, decode_image
+from cifar10.options import Options
+from cifar10.recipes import ASSIGNMENT
+from cifar10.run import Run
+from cifar10.sources import unpack
+from model import ResNet
+from train import get_dls, get_learner
 
 EDITS = st.lists(
     st.one_of(
@@ -122,7 +127,7 @@ def test_images(kind, tmp_path):
     def check(edits):
         file.write_bytes(edited(out.getvalue(), edits))
         try:
-            assert pixels_of(file).shape == (3, SIZE, SIZE)
+            assert decode_image(file).shape == (3, SIZE, SIZE)
         except UserError as told:
             assert str(file) in str(told)
 
@@ -133,34 +138,28 @@ def test_images(kind, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, shapes):
-    """What there is of a run when it has been trained and not been drawn."""
-    folder = tmp_path_factory.mktemp("run")
-    dls = get_dls(shapes, bs=16)
-    options = {
-        "data": str(shapes), "recipe": "assignment", "valid": "test", "epochs": 1, "peak_epoch": 0.5,
-        "batch_size": 16, "lr_max": None, "lr_min": None, "annihilate": False, "norm": "batch", "width": 4,
-        "precision": "fp32", "device": "cpu", "clip": 0.0, "l1": 0.0, "seed": 42,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({"options": options, "data": {"sha256": dls.train.table.hash}}))
-    save_weights(get_learner(dls, width=4).model, folder / "model.safetensors")
-    (folder / "checkpoints").mkdir()
+def run(tmp_path_factory, shapes) -> Path:
+    """What there is of a run that is trained but not plotted."""
+    learn = get_learner(get_dls(shapes, batch_size=16), width=4)
+    run = Run.create(Options(runs_dir=str(tmp_path_factory.mktemp("runs")), name="run"), ASSIGNMENT, learn)
+    run.save_weights(learn.model)
+    (run.path / "checkpoints").mkdir()
     tensors = {"a": torch.arange(20.0), "b": torch.zeros(3, 4, dtype=torch.uint8), "c": torch.tensor(7)}
+    about = settings_of(run)
     for epoch in (0, 1):
-        save_tensors(folder / f"checkpoints/epoch-0000{epoch}.safetensors", tensors, options=options, epochs=epoch)
-    return folder
+        save_tensors(run.path / f"checkpoints/epoch-0000{epoch}.safetensors", tensors, settings=about, epochs=epoch)
+    return run.path
 
 
 def test_configs(run, tmp_path):
     whole = (run / "config.json").read_bytes()
-    read_config(run)
 
     @fuzz(1000)
     @given(EDITS)
     def check(edits):
         (tmp_path / "config.json").write_bytes(edited(whole, edits))
         try:
-            assert read_config(tmp_path)["options"]["epochs"] > 0
+            assert Run.open(tmp_path).recipe.epochs > 0
         except UserError as told:
             assert str(tmp_path) in str(told)
 
@@ -168,33 +167,34 @@ def test_configs(run, tmp_path):
 
 
 def test_checkpoints(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    _, newest = sorted((tmp_path / "run/checkpoints").iterdir())
-    whole, options = newest.read_bytes(), read_config(run)["options"]
+    copy = Run.open(shutil.copytree(run, tmp_path / "run"))
+    _, newest = sorted((copy.path / "checkpoints").iterdir())
+    whole = newest.read_bytes()
 
     @fuzz(1000)
     @given(EDITS)
     def check(edits):
         content = edited(whole, edits)
         newest.write_bytes(content)
-        assert last_checkpoint(tmp_path / "run", options)[1]["epochs"] == (1 if content == whole else 0)
+        assert last_checkpoint(copy)[1]["epochs"] == (1 if content == whole else 0)
 
     check()
 
 
-def test_weights(run, tmp_path, shapes):
-    shutil.copytree(run, tmp_path / "run")
-    weights, dls = tmp_path / "run/model.safetensors", get_dls(shapes, bs=16)
+def test_weights(run, tmp_path):
+    copy = Run.open(shutil.copytree(run, tmp_path / "run"))
+    weights, model = copy.path / "model.safetensors", ResNet(**copy.model_args)
     whole = weights.read_bytes()
-    assert load_run(tmp_path / "run", dls).precision == "fp32"  # as it was trained, whatever the hardware has
 
     @fuzz(500)
     @given(EDITS)
     def check(edits):
         content = edited(whole, edits)
         weights.write_bytes(content)
-        if content != whole:
-            with pytest.raises(Damaged):
-                load_tensors(weights)
+        if content == whole:
+            copy.load_weights(model)
+        else:
+            with pytest.raises(CorruptFileError):
+                copy.load_weights(model)
 
     check()

@@ -1,32 +1,93 @@
-"""Every import runs one way."""
+"""Imports run one way, modules stay small, and everything can be imported on any system."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
-MAY_IMPORT = {
-    "errors": set(),
-    "files": {"errors"},
-    "recipes": set(),
-    "model": set(),
-    "muon": set(),
-    "augment": set(),
-    "data": {"errors", "files", "augment"},
-    "learner": {"errors", "recipes", "data", "model", "muon"},
-    "runs": {"errors", "files", "recipes", "model", "data", "learner"},
-    "interpret": {"errors", "files", "data", "learner", "runs"},
-    "train": {"errors", "files", "recipes", "model", "augment", "data", "learner", "runs", "interpret"},
-}
+LEAVES = {"model", "augment"}
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - LEAVES
+PACKAGE = sorted((ROOT / "cifar10").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
-def test_every_module_is_listed():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(MAY_IMPORT)
+def imported(path) -> set[str]:
+    """The modules that a file imports, by their full names."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in froms} | {f"{n.module}.{alias.name}" for n in froms for alias in n.names}
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_imports(module):
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported & set(MAY_IMPORT) <= MAY_IMPORT[module]
+def tops(path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def test_the_leaves_import_nothing_of_ours():
+    for name in LEAVES:
+        assert not tops(ROOT / f"{name}.py") & (SCRIPTS | LEAVES | {"cifar10", "benchmarks"})
+
+
+def test_the_package_imports_no_script_and_no_leaf():
+    for path in PACKAGE:
+        assert not tops(path) & (SCRIPTS | LEAVES | {"benchmarks"}), path
+
+
+def test_no_script_imports_another():
+    for name in SCRIPTS:
+        assert not tops(ROOT / f"{name}.py") & (SCRIPTS | {"benchmarks"}), name
+
+
+def test_no_cycles_in_the_package():
+    """There is an order in which each module imports only those before it."""
+    left = {path.stem: {n.split(".")[1] for n in imported(path) if n.startswith("cifar10.")} for path in PACKAGE}
+    left = {name: needs & set(left) - {name} for name, needs in left.items()}
+    while left:
+        ready = {name for name, needs in left.items() if not needs & set(left)}
+        assert ready, f"a cycle among {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in ready}
+
+
+def test_modules_stay_small():
+    product = [*ROOT.glob("*.py"), *PACKAGE]
+    lines = {path.name: len(path.read_text().splitlines()) for path in product}
+    assert max(lines.values()) <= 250 and sum(lines.values()) <= 2_300, lines
+
+
+MODULES = [
+    *(path.stem for path in ROOT.glob("*.py")),
+    *(f"cifar10.{path.stem}" for path in PACKAGE),
+    *(f"benchmarks.{path.stem}" for path in BENCHMARKS),
+]
+
+
+def test_every_module_imports_on_windows_and_macos():
+    """There, `fcntl` and `resource` or the C library's functions are missing; the libraries know how to do without."""
+    code = f"""
+import ctypes, sys
+import fastai.vision.all, filelock, pandas, scipy.ndimage, sklearn.metrics, sklearn.datasets, torch.utils.flop_counter
+sys.modules["fcntl"] = sys.modules["resource"] = None
+def unavailable(*args, **kwargs):
+    raise OSError("no C library")
+ctypes.CDLL = unavailable
+for module in {MODULES}:
+    __import__(module)
+sys.platform = "win32"
+from cifar10.learner import keep_freed_memory
+keep_freed_memory()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("directory", ["", "cifar10", "benchmarks", "docs", "tests", "results"])
+def test_nothing_names_a_place_of_one_machine(directory):
+    """Only CI knows where its copy of CIFAR-10 is."""
+    place = "../" + "shared"
+    files = [
+        p for p in (ROOT / directory).rglob("*") if p.suffix in (".py", ".md", ".json", ".toml", ".yml", ".csv", ".txt")
+    ]
+    files = [p for p in files if not {".venv", "runs"} & set(p.relative_to(ROOT).parts)]
+    assert [str(p) for p in files if place in p.read_text(errors="replace")] == []

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from model import LOGIT_SCALE, ResBlock, ResNet
+from model import ResBlock, ResNet
 
 
 def rows(model: nn.Module) -> list[tuple[str, list[int], int]]:
@@ -55,7 +55,7 @@ def test_sizes_norms_and_classes(size, norm):
     logits.sum().backward()
 
 
-def test_layer_norm_replaces_every_normalisation():
+def test_layer_norm_replaces_every_normalization():
     batch, layer = (list(ResNet(norm=norm, width=4).modules()) for norm in ("batch", "layer"))
     assert sum(isinstance(m, nn.BatchNorm2d) for m in batch) == 8
     assert not any(isinstance(m, nn.BatchNorm2d) for m in layer)
@@ -82,12 +82,21 @@ def test_pool_is_max_pool_4_on_32_pixel_images():
 
 def test_fresh_logits_are_near_the_uniform_distribution():
     torch.manual_seed(0)
-    logits = ResNet()(torch.randn(32, 3, 32, 32))
+    model = ResNet()
+    logits = model(torch.randn(32, 3, 32, 32))
     assert nn.functional.cross_entropy(logits, torch.arange(32) % 10) < 2.5
-    assert nn.functional.cross_entropy(logits / LOGIT_SCALE, torch.arange(32) % 10) > 2.5
+    assert nn.functional.cross_entropy(logits / model.logit_scale, torch.arange(32) % 10) > 2.5
 
 
 @pytest.mark.parametrize("wrong", [{"norm": "group"}, {"width": 0}, {"num_classes": 0}])
 def test_wrong_arguments(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ResNet(**wrong)
+
+
+def test_its_arguments_build_it_again():
+    model = ResNet(num_classes=3, norm="layer", width=2, logit_scale=0.5)
+    again = ResNet(**model.args)
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert again.args == model.args and torch.equal(again(x), model(x))

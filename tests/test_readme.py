@@ -6,7 +6,6 @@ import re
 from statistics import mean, stdev
 
 from conftest import ROOT
-
 from recipes import RECIPES
 from runs import read_csv
 

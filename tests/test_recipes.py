@@ -1,24 +1,64 @@
-"""Recipes: their sizes and the work that is left."""
+"""Recipes hold every hyperparameter, and refuse values that make no sense."""
+
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
-from recipes import RECIPES
+from cifar10.cli import UserError
+from cifar10.recipes import ASSIGNMENT, FAST, RECIPES, Recipe
 
-SMALL_FIRST = RECIPES["assignment"]._replace(sizes=((16, 0.5), (32, 1.0)))
+SMALL_FIRST = replace(ASSIGNMENT, sizes=((16, 0.5), (32, 1.0)))
 
 
 def test_the_assignment_is_as_written():
     recipe = RECIPES["assignment"]
     assert (recipe.epochs, recipe.peak_epoch, recipe.lr_max, recipe.annihilate) == (24, 5, None, False)
-    assert recipe.sizes == ((32, 1.0),)
+    assert (recipe.batch_size, recipe.crop_padding, recipe.flip, recipe.cutout) == (512, 4, True, 8)
+    assert recipe.sizes == ((32, 1.0),) and recipe.validate == "each"
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_recipe_ends_with_whole_images(recipe):
-    untils = [until for _, until in recipe.sizes]
-    assert recipe.sizes[-1] == (32, 1.0) and untils == sorted(set(untils))
-    assert recipe.side(0.9999) == recipe.side(1.0) == 32 and 0 < recipe.peak_epoch < recipe.epochs
-    assert recipe.validate in ("each", "last")
+def test_every_recipe_ends_with_full_size_images(recipe):
+    assert recipe.sizes[-1] == (32, 1.0) and recipe.side(0.9999) == recipe.side(1.0) == 32
+    assert 0 < recipe.peak_epoch < recipe.epochs
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_recipe_survives_json(recipe):
+    values = json.loads(json.dumps(asdict(recipe)))
+    assert Recipe.from_json(values) == recipe
+    for name in values:
+        with pytest.raises(TypeError, match=name):
+            Recipe.from_json({key: value for key, value in values.items() if key != name})
+    with pytest.raises(TypeError):
+        Recipe.from_json(values | {"unknown": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(sizes=((32, 0.5),)), "sizes"),
+        (dict(sizes=((20, 1.0),)), "sizes"),
+        (dict(sizes=((16, 0.5), (24, 0.2), (32, 1.0))), "sizes"),
+        (dict(crop_mode="mirror"), "crop_mode is 'mirror'; it must be one of reflect"),
+        (dict(momentum=1.5), "momentum is 1.5; it must be at least 0 and at most 1"),
+        (dict(ns_steps=0), "ns_steps is 0; it must be at least 1"),
+        (dict(optimizer="adam"), "it must be one of muon, sgd"),
+        (dict(weight_decay=float("inf")), "weight_decay is inf"),
+        (dict(label_smoothing="0.1"), "it must be a number"),
+    ],
+)
+def test_wrong_values(changes, says):
+    with pytest.raises(UserError, match=says):
+        replace(ASSIGNMENT, **changes)
+
+
+def test_it_adapts_to_the_data():
+    assert ASSIGNMENT.adapted(50_000) == ASSIGNMENT
+    assert [ASSIGNMENT.adapted(images).batch_size for images in (9_999, 30)] == [64, 30]
+    assert ASSIGNMENT.adapted(9_999, batch_size=100).batch_size == 100
+    assert FAST.adapted(50_000, epochs=40).peak_epoch == 6
 
 
 def test_sides():

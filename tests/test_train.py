@@ -13,13 +13,18 @@ from commandline import ROOT, command
 from PIL import Image
 from safetensors.torch import load_file
 
-from runs import read_csv
+from cifar10.files import read_csv
 
 FILES = {
     "config.json", "summary.txt", "history.csv", "batches.csv", "lr_find.png", "lr_find.csv", "model.safetensors",
     "checkpoints", "metrics.json", "misclassified.png", "gradcam.png", "curves.png", "confusion_matrix.png",
     "report.md",
 }  # fmt: skip
+
+
+def visible(folder) -> set[str]:
+    """The names in a run's folder, without the hidden lock file."""
+    return {file.name for file in folder.iterdir() if not file.name.startswith(".")}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def run(shapes, tmp_path_factory):
 
 def test_a_run_leaves_every_file(run):
     folder, said = run
-    assert {file.name for file in folder.iterdir()} == FILES
+    assert visible(folder) == FILES
     assert re.fullmatch(r"\d{8}-\d{6}-shapes-assignment", folder.name)
     lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
     assert lines[-1].startswith("shapes: ") and folder.name in lines[-1]
@@ -43,7 +48,7 @@ def test_a_run_leaves_every_file(run):
     assert sum(bool(re.match(r"[12] +0\.\d+ ", line)) for line in lines) == 2
 
 
-def test_its_figures_agree(run):
+def test_its_metrics_agree(run):
     folder, said = run
     config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
     history, batches = read_csv(folder / "history.csv"), read_csv(folder / "batches.csv")
@@ -54,8 +59,9 @@ def test_its_figures_agree(run):
     assert metrics["seconds"] > metrics["seconds_training"] > 0
     assert metrics["images_per_second"] == pytest.approx(2 * 48 / metrics["seconds_training"])
     options, lr_min, lr_max = config["options"], config["lr_min"], config["lr_max"]
-    assert options["lr_max"] is None  # not given, but found
-    assert (options["epochs"], options["peak_epoch"], options["batch_size"], options["seed"]) == (2, 1, 8, 42)
+    assert options["lr_max"] is config["recipe"]["lr_max"] is None  # not given, but found
+    recipe = config["recipe"]
+    assert (recipe["epochs"], recipe["peak_epoch"], recipe["batch_size"], options["seed"]) == (2, 1, 8, 42)
     assert batches["lr"][0] == pytest.approx(lr_min) and max(batches["lr"]) == pytest.approx(lr_max)
     peak = batches["lr"].index(max(batches["lr"]))
     assert peak == 6 and max(batches["lr"][:peak]) < max(batches["lr"])  # six steps an epoch
@@ -71,17 +77,18 @@ def test_its_figures_agree(run):
         assert min(Image.open(picture).size) >= 300
 
 
-def test_interpret_makes_the_pictures_again(run):
+def test_interpret_makes_the_plots_again(run):
     folder, _ = run
-    pictures = ["misclassified.png", "gradcam.png", "curves.png", "confusion_matrix.png", "report.md"]
-    before = {name: (folder / name).read_bytes() for name in pictures}
-    for name in pictures:
+    plots = ["misclassified.png", "gradcam.png", "curves.png", "confusion_matrix.png", "report.md"]
+    before = {name: (folder / name).read_bytes() for name in plots}
+    for name in plots:
         (folder / name).unlink()
-    done = command("interpret.py", folder, "--two_views", cwd=folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    done = command("interpret.py", folder, "--tta", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert 0 <= json.loads((folder / "two_views.json").read_text())["accuracy"] <= 1
-    (folder / "two_views.json").unlink()
-    assert {name: (folder / name).read_bytes() for name in pictures} == before
+    after = json.loads((folder / "metrics.json").read_text())
+    assert 0 <= after.pop("tta_accuracy") <= 1 and after == metrics
+    assert {name: (folder / name).read_bytes() for name in plots} == before
 
 
 def test_the_same_command_gives_the_same_weights(shapes, tmp_path):
@@ -101,11 +108,11 @@ def test_help_explains_each_option_with_its_default(tmp_path):
     assert {"data", "epochs", "peak-epoch", "batch-size", "seed", "lr-max", "lr-min", "norm", "precision"} <= set(
         options
     )
-    assert text.count("(default: ") >= 13
+    assert text.count("(default: ") >= 17
 
 
 @pytest.mark.parametrize(("number", "by", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
-def test_a_run_that_is_stopped_says_how_to_go_on_and_does(shapes, tmp_path, number, by, status):
+def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, number, by, status):
     options = {"--data": shapes, "--lr_max": 0.01, "--epochs": 40, "--width": 4, "--batch_size": 24, "--name": "long"}
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *(str(word) for option in options.items() for word in option)],
@@ -116,19 +123,19 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(shapes, tmp_path, numb
         if line.startswith("3 "):  # the third epoch is over
             break
     second = command("train.py", "--resume", "runs/long", cwd=tmp_path)
-    assert second.returncode == 2 and "runs/long is being trained by another process" in second.stderr
+    assert second.returncode == 2 and "runs/long is locked by another process" in second.stderr
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    (how,) = re.findall(rf"^stopped by {by}; to go on: (.*)$", errors.strip())
+    (how,) = re.findall(rf"^stopped by {by}; resume with: (.*)$", errors.strip())
     done = subprocess.run(how, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Going on after epoch \d+ of 40", done.stdout)
+    assert re.search(r"Resuming after epoch \d+ of 40", done.stdout)
     assert read_csv(tmp_path / "runs/long/history.csv")["epoch"] == list(range(1, 41))
-    assert {file.name for file in (tmp_path / "runs/long").iterdir()} == FILES - {"lr_find.png", "lr_find.csv"}
+    assert visible(tmp_path / "runs/long") == FILES - {"lr_find.png", "lr_find.csv"}
 
 
-def test_the_fast_recipe_and_how_it_goes_on(shapes, tmp_path):
+def test_the_fast_recipe_and_how_it_resumes(shapes, tmp_path):
     """Killed by a limit for the size of a file after its first epoch, it ends like the run that wasn't."""
     options = ("--data", shapes, "--recipe", "fast", "--epochs", 4, "--width", 4, "--batch_size", 8)
     assert command("train.py", *options, "--name", "whole", cwd=tmp_path).returncode == 0
@@ -137,17 +144,10 @@ def test_the_fast_recipe_and_how_it_goes_on(shapes, tmp_path):
     whole, stopped = (tmp_path / "runs" / name for name in ("whole", "stopped"))
     for name in ("model.safetensors", "batches.csv", "report.md"):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
-    assert json.loads((whole / "config.json").read_text())["options"]["annihilate"] is True
+    assert json.loads((whole / "config.json").read_text())["recipe"]["annihilate"] is True
     batches, history = read_csv(whole / "batches.csv"), read_csv(whole / "history.csv")
     assert 0.19 < max(batches["lr"]) <= 0.2 and batches["lr"][-1] < 0.01
     assert len([loss for loss in history["valid_loss"] if loss > 0]) == 1
-
-
-def test_a_disk_that_is_full_from_the_start(shapes, tmp_path):
-    done = command("train.py", "--data", shapes, "--width", 16, "--batch_size", 24, cwd=tmp_path, file_size=50_000)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert "the LR finder has no room for the weights" in line
 
 
 def test_a_full_disk(shapes, tmp_path):
@@ -156,12 +156,12 @@ def test_a_full_disk(shapes, tmp_path):
     done = command("train.py", *quick, cwd=tmp_path, file_size=200_000)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert "epoch-00001.safetensors can't be written (File too large); make room for it, then go on: " in line
+    assert "epoch-00001.safetensors can't be written (File too large); free some disk space, then resume with: " in line
     (kept,) = (tmp_path / "runs/full/checkpoints").iterdir()
     assert kept.name == "epoch-00000.safetensors"
     done = command("train.py", "--resume", "last", cwd=tmp_path)
-    assert done.returncode == 0 and "Going on after epoch 0 of 2" in done.stdout
-    assert {file.name for file in (tmp_path / "runs/full").iterdir()} == FILES - {"lr_find.png", "lr_find.csv"}
+    assert done.returncode == 0 and "Resuming after epoch 0 of 2" in done.stdout
+    assert visible(tmp_path / "runs/full") == FILES - {"lr_find.png", "lr_find.csv"}
 
 
 def test_a_loss_that_blows_up(shapes, tmp_path):
@@ -180,3 +180,23 @@ def test_the_readmes_repl_lines(tmp_path):
         [sys.executable, "-c", lines + check], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_recipe_does_not_change_a_resumed_run(shapes, tmp_path):
+    """Stopped after its first epoch; then recipes.py is edited, and the run still ends as it would have."""
+    quick = ("--data", shapes, "--recipe", "fast", "--epochs", 2, "--width", 4, "--batch_size", 24)
+    assert command("train.py", *quick, "--name", "whole", cwd=tmp_path).returncode == 0
+    assert command("train.py", *quick, "--name", "stopped", cwd=tmp_path, file_size=200_000).returncode == 2
+    code = """
+import sys
+from dataclasses import replace
+from cifar10 import recipes
+recipes.RECIPES["fast"] = replace(recipes.FAST, momentum=0.1, label_smoothing=0.5, muon_lr_scale=1.0, flip=False)
+import train
+train.main(resume="runs/stopped")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "batches.csv", "report.md"):
+        assert (tmp_path / "runs/whole" / name).read_bytes() == (tmp_path / "runs/stopped" / name).read_bytes()

@@ -1,8 +1,8 @@
-"""Is a run that is killed and resumed the same as one that isn't? `python benchmarks/kill.py --out results/kill.json`
+"""Does a killed and resumed run end like one that is not? `python -m benchmarks.resume --out results/resume.json`
 
-Trains one run undisturbed. Then trains others with the same options, each of which is killed with SIGKILL at a random
-moment of a random step of a phase, every second one a second time, and resumed. At the end the weights of all must be
-equal to the last byte, and what was found and logged as well, apart from times.
+Trains one run without interruption. Then trains others with the same options, each of which is killed with SIGKILL at a
+random moment of a random step of a phase, every second one a second time, and resumed. At the end the weights of all
+must be equal to the last byte, and what was found and logged as well, apart from times.
 """
 
 import itertools
@@ -17,42 +17,39 @@ import threading
 from pathlib import Path
 
 from fastai.vision.all import Learner
-from fastcore.script import call_parse
+
+import train
+from cifar10 import checkpoint, cli, report
+from cifar10.files import read_csv, write_json
+from cifar10.run import collect_env
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import files  # noqa: E402
-import interpret  # noqa: E402
-import train  # noqa: E402
-from runs import read_csv, surroundings, write_json  # noqa: E402
-
 OPTIONS = {"data": "digits", "width": 8, "epochs": 2}
 EPOCH_STEPS, EPOCH_VALID_STEPS = 22, 6  # of the digits in batches of 64
 
 
-def trains(learn: Learner) -> bool:
+def is_training(learn: Learner) -> bool:
     return learn.training and not hasattr(learn, "lr_finder")
 
 
-# What is called at each step of a phase, which of its calls are meant, how many there are in a run, and how many
-# seconds one lasts at most, about.
+# Phase → what is called at each of its steps, which of these calls count, how many there are in a run, and how many
+# seconds one takes at most, about.
 PHASES = {
     "LR finder": (Learner, "one_batch", lambda learn, *_: hasattr(learn, "lr_finder"), 50, 0.1),
-    "training": (Learner, "one_batch", lambda learn, *_: trains(learn), 2 * EPOCH_STEPS, 0.1),
+    "training": (Learner, "one_batch", lambda learn, *_: is_training(learn), 2 * EPOCH_STEPS, 0.1),
     "validation": (Learner, "one_batch", lambda learn, *_: not learn.training, 2 * EPOCH_VALID_STEPS, 0.05),
-    "writing a checkpoint": (files, "write", lambda path, *_: path.parent.name == "checkpoints", 3, 0.03),
-    "drawing pictures": (interpret, "save_figure", lambda *_: True, 4, 0.5),
+    "writing a checkpoint": (checkpoint, "save_tensors", lambda *_: True, 3, 0.05),
+    "plotting": (report, "save_figure", lambda *_: True, 4, 0.5),
 }  # fmt: skip
 
 
 def die(phase: str, step: int, delay: float, options: dict):
     """Train, and be killed `delay` seconds after the beginning of the phase's `step`-th step."""
-    owner, name, meant, *_ = PHASES[phase]
+    owner, name, counts, *_ = PHASES[phase]
     function, calls = getattr(owner, name), itertools.count(1)
 
     def watched(*args, **kwargs):
-        if meant(*args) and next(calls) == step:
+        if counts(*args) and next(calls) == step:
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return function(*args, **kwargs)
 
@@ -61,8 +58,9 @@ def die(phase: str, step: int, delay: float, options: dict):
 
 
 def command(*arguments) -> int:
-    """Run a Python program of ours without its output; its exit status, negative for a signal."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    """Run Python with these arguments, without its output; its exit status, negative for a signal."""
+    words = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode not in (0, -signal.SIGKILL):
         sys.exit(done.stderr.decode())
     return done.returncode
@@ -76,14 +74,13 @@ def outcome(run: Path) -> list:
     return [*same, history]
 
 
-@call_parse
 def main(
     runs: int = 20,  # runs to kill
     seed: int = 0,  # of the phases and moments
     out: str = "",  # JSON file for the record
-    victim: str = "",  # for the program's own use
+    victim: str = "",  # for internal use
 ):
-    "Kill runs at random moments, resume them, and compare them with one that ran undisturbed."
+    "Kill runs at random moments, resume them, and compare them with one that ran without interruption."
     if victim:
         die(**json.loads(victim))
         return
@@ -91,34 +88,38 @@ def main(
     record = []
     with tempfile.TemporaryDirectory() as runs_dir:
         options = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
-        command(ROOT / "train.py", *options, "--runs_dir", runs_dir, "--name", "undisturbed")
-        expected = outcome(Path(runs_dir) / "undisturbed")
+        command("train.py", *options, "--runs_dir", runs_dir, "--name", "uninterrupted")
+        expected = outcome(Path(runs_dir) / "uninterrupted")
         for number in range(runs):
             run, kills = Path(runs_dir) / f"{number:02}", []
             todo = OPTIONS | {"runs_dir": runs_dir, "name": run.name}
             first = number % len(PHASES)
             for second in range(1 + number % 2):
-                # A second blow falls in the same phase or later, and early in it, because less of the run is left.
+                # The second kill comes in the same phase or later, and early in it, because less of the run is left.
                 phase = rng.choice(list(PHASES)[first:]) if second else list(PHASES)[first]
                 *_, steps, seconds = PHASES[phase]
                 step = rng.randint(1, max(1, steps // 4) if second else steps)
-                blow = dict(phase=phase, step=step, delay=round(rng.uniform(0, seconds), 4))
-                status = command(__file__, "--victim", json.dumps(blow | {"options": todo}))
-                kills.append(blow | {"killed": status == -signal.SIGKILL})  # or it was faster than the delay
+                kill = dict(phase=phase, step=step, delay=round(rng.uniform(0, seconds), 4))
+                status = command("-m", "benchmarks.resume", "--victim", json.dumps(kill | {"options": todo}))
+                kills.append(kill | {"killed": status == -signal.SIGKILL})  # unless it ended before the delay
                 todo = {"resume": str(run)}
-            command(ROOT / "train.py", "--resume", run)
+            command("train.py", "--resume", run)
             identical = outcome(run) == expected
             record.append({"kills": kills, "identical": identical})
             print(f"run {number + 1}: {'identical' if identical else 'DIFFERENT'} after {kills}", flush=True)
-    blows = [sum(kill["killed"] for kill in run["kills"]) for run in record]
-    figures = dict(
+    counts = [sum(kill["killed"] for kill in run["kills"]) for run in record]
+    summary = dict(
         runs=runs,
-        killed=sum(count > 0 for count in blows),
-        killed_twice=sum(count > 1 for count in blows),
+        killed=sum(count > 0 for count in counts),
+        killed_twice=sum(count > 1 for count in counts),
         identical=sum(run["identical"] for run in record),
     )
-    print(figures)
+    print(summary)
     if out:
-        write_json(Path(out), figures | {"record": record, **surroundings()})
-    if figures["identical"] < runs:
+        write_json(Path(out), summary | {"record": record, **collect_env()})
+    if summary["identical"] < runs:
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,54 +1,22 @@
-from itertools import combinations
+"""Predictions agree with fastai's, Grad-CAM with the reference implementation."""
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from fastai.vision.all import set_seed
-from matplotlib import pyplot as plt
+from fastai.vision.all import ClassificationInterpretation, set_seed
 from PIL import Image
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from data import get_dls
-from interpret import (
-    LAYERS,
-    Interpretation,
-    grad_cam,
-    per_class_accuracy,
-    plot_confusion,
-    plot_curves,
-    plot_grad_cam,
-    plot_lr_curve,
-    plot_misclassified,
-    report,
-    two_view_accuracy,
-)
-from learner import LRCurve, get_learner, suggest_lrs
+from cifar10.interpretation import Interpretation, grad_cam, tta_accuracy
+from cifar10.plots import GRADCAM_LAYERS
+from cifar10.report import per_class_accuracy
 from model import ResNet
-from runs import read_csv
-
-
-@pytest.fixture(scope="module")
-def trained(digits):
-    """A small net after one epoch of digits: some images are still wrong."""
-    set_seed(0)
-    learn = get_learner(digits, width=8, precision="fp32")
-    learn.fit_one_cycle(1, 0.1)
-    return learn
-
-
-@pytest.fixture(scope="module")
-def interp(trained):
-    return Interpretation(trained)
-
-
-# ---- Grad-CAM
+from train import get_dls, get_learner
 
 
 def layers_of(model):
-    return [getattr(model, name) for name in LAYERS]
+    return [getattr(model, name) for name in GRADCAM_LAYERS]
 
 
 @pytest.mark.parametrize("weights", ["random", "trained"])
@@ -101,7 +69,7 @@ def test_grad_cam_where_nothing_speaks_for_the_class():
 
 
 def test_grad_cam_points_at_the_object(tmp_path):
-    """One coloured object on a textured background: the heat map's maximum lies in the object's box."""
+    """One colored object on a textured background: the heat map's maximum lies in the object's box."""
     rng = np.random.default_rng(0)
     boxes = {}
     for split, count in (("train", 64), ("test", 16)):
@@ -115,14 +83,14 @@ def test_grad_cam_points_at_the_object(tmp_path):
                 Image.fromarray(pixels.astype(np.uint8)).save(file)
                 boxes[file] = (top, left)
     set_seed(0)
-    dls = get_dls(tmp_path, bs=16)
+    dls = get_dls(tmp_path, batch_size=16)
     learn = get_learner(dls, width=16)
     learn.fit_one_cycle(8, 0.02)
     interp = Interpretation(learn)
     assert interp.accuracy > 0.9
     images = interp.images(torch.arange(len(dls.valid_ds)))[0]
-    heats = dict(zip(LAYERS, grad_cam(learn.model, images, interp.targs, layers_of(learn.model)), strict=True))
-    for layer in LAYERS:
+    heats = dict(zip(GRADCAM_LAYERS, grad_cam(learn.model, images, interp.targs, layers_of(learn.model)), strict=True))
+    for layer in GRADCAM_LAYERS:
         hits = 0
         for heat, file in zip(heats[layer], dls.valid_ds.items):
             row, column = divmod(int(heat.argmax()), 32)
@@ -131,12 +99,7 @@ def test_grad_cam_points_at_the_object(tmp_path):
         assert hits >= 0.9 * len(images), layer
 
 
-# ---- Interpretation
-
-
 def test_numbers_agree_with_fastai(interp, trained):
-    from fastai.vision.all import ClassificationInterpretation
-
     theirs = ClassificationInterpretation.from_learner(trained)
     assert np.array_equal(interp.confusion_matrix(), theirs.confusion_matrix())
     assert torch.allclose(interp.losses, theirs.losses)
@@ -153,99 +116,11 @@ def test_misclassified_are_wrong_and_sorted(interp):
     assert (probabilities.diff() >= 0).all()
 
 
-def test_report_names_the_most_confused_pair(interp):
-    text = report(interp)
-    actual, predicted, count = interp.most_confused()[0]
-    assert f"| {actual} | {predicted} | {count} |" in text and f"{interp.accuracy:.2%}" in text
-
-
-# ---- Pictures
-
-
-def check_figure(panels: int | None = None):
-    """Titles and labels are there, no two texts overlap, none is cut off, all image panels are of the same size."""
-    figure = plt.gcf()
-    figure.canvas.draw()
-    not_drawn = {  # labels of ticks beyond the limits
-        id(label)
-        for ax in figure.axes
-        for axis in (ax.xaxis, ax.yaxis)
-        for tick in axis.get_major_ticks()
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-        for label in (tick.label1, tick.label2)
-    }
-    texts = [
-        t.get_window_extent()
-        for t in figure.findobj(matplotlib.text.Text)
-        if t.get_visible() and t.get_text().strip() and (t.axes is None or t.axes.axison) and id(t) not in not_drawn
-    ]
-    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
-    assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height
-    for a, b in combinations(texts, 2):
-        inner = matplotlib.transforms.Bbox.intersection(a, b)
-        assert inner is None or inner.width < 1.5 or inner.height < 1.5
-    images = [ax for ax in figure.axes if ax.images and ax.axison]
-    sizes = {tuple(np.round(ax.get_window_extent().size)) for ax in images}
-    if panels is not None:
-        assert len(images) == panels
-        assert len(sizes) == 1
-    plt.close(figure)
-
-
-def test_misclassified_picture(interp):
-    plot_misclassified(interp)
-    titles = [ax.get_title() for ax in plt.gcf().axes if ax.axison]
-    first = interp.misclassified()[0]
-    assert f"actual {interp.vocab[interp.targs[first]]}" in titles[0] and "predicted" in titles[0] and "%" in titles[0]
-    check_figure(min(20, len(interp.misclassified())))
-
-
-def test_grad_cam_picture(interp):
-    plot_grad_cam(interp)
-    check_figure(min(10, len(interp.misclassified())) * 8)
-
-
-def test_pictures_of_a_perfect_net(interp):
-    import copy
-
-    perfect = copy.copy(interp)
-    perfect.targs = interp.decoded
-    for plot in (plot_misclassified, plot_grad_cam):
-        plot(perfect)
-        assert "No image was misclassified" in plt.gcf()._suptitle.get_text()
-        plt.close()
-
-
-def test_curves_picture():
-    plot_curves(ROOT / "results/cifar10-assignment")
-    loss, accuracy, rate = plt.gcf().axes
-    assert [ax.get_ylabel() for ax in (loss, accuracy, rate)] == [
-        "Cross-entropy with smoothed labels", "Accuracy (%)", "Learning rate",
-    ]  # fmt: skip
-    assert rate.get_xlabel() == "Epoch" and rate.get_xlim()[1] < 27  # epochs, not batches
-    check_figure()
-
-
-def test_confusion_picture(interp):
-    plot_confusion(interp)
-    check_figure()
-
-
-def test_lr_curve_picture():
-    columns = read_csv(ROOT / "results/cifar10-assignment/lr_find.csv")
-    plot_lr_curve(LRCurve(columns["lr"], columns["loss"], *suggest_lrs(columns["lr"], columns["loss"])))
-    labels = plt.gca().get_legend_handles_labels()[1]
-    assert any(label.startswith("lr_min = ") for label in labels) and any(
-        label.startswith("lr_max = ") for label in labels
-    )
-    check_figure()
-
-
-def test_two_views(interp):
+def test_tta(interp):
     """The mean of the two views' probabilities, as by hand; the Learner is left as it was."""
     images = interp.images(torch.arange(len(interp.targs)))[0]
     with torch.no_grad():
         views = [interp.learn.model.eval()(x).softmax(dim=1) for x in (images, images.flip(-1))]
     accuracy = (sum(views).argmax(dim=1) == interp.targs).double().mean().item()
-    assert two_view_accuracy(interp) == accuracy != interp.accuracy
-    assert not hasattr(interp.learn, "mirror_images")
+    assert tta_accuracy(interp) == accuracy != interp.accuracy
+    assert not hasattr(interp.learn, "horizontal_flip")

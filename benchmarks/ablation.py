@@ -1,0 +1,152 @@
+"""What each hyperparameter of a recipe is worth on held-out images: `python -m benchmarks.ablation faster`
+
+Each row of its table is the recipe with one thing changed. A model of a quarter of the usual width is trained from
+scratch on nine tenths of the training images and evaluated on the other tenth; the test split is left alone. As many
+models are trained in parallel as there are cores, with one thread each, because a small model can't use more than one.
+"""
+
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from fastai.vision.all import set_seed
+from fastcore.basics import num_cpus
+
+from cifar10 import cli
+from cifar10.files import write, write_json
+from cifar10.images import ImageTable
+from cifar10.recipes import RECIPES, Recipe, choices
+from cifar10.run import collect_env
+from train import fit, get_dls, get_learner
+
+BASELINE = "nothing"
+SMALL_STEPS, SGD = dict(muon_lr_scale=0.1), dict(optimizer="sgd")
+
+# Recipe → what is changed in all of its rows, because 24 epochs would take too long, and what in each: title → fields.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "assignment": (
+        dict(epochs=6, peak_epoch=1.25, lr_max=0.3),
+        {
+            BASELINE: {},
+            "peak learning rate 0.15": dict(lr_max=0.15),
+            "peak learning rate 0.6": dict(lr_max=0.6),
+            "half the learning rate for convolutions": SMALL_STEPS,
+            "SGD for all parameters": SGD,
+            "annihilation: down to a learning rate near zero": dict(annihilate=True),
+            "no label smoothing": dict(label_smoothing=0.0),
+            "black padding": dict(crop_mode="constant"),
+        },
+    ),
+    "faster": (
+        {},
+        {
+            BASELINE: {},
+            "SGD for all parameters": SGD,
+            "peak learning rate 0.15": dict(lr_max=0.15),
+            "peak learning rate 0.6": dict(lr_max=0.6),
+            "half the learning rate for convolutions": SMALL_STEPS,
+            "16×16 instead of 24×24": dict(sizes=((16, 0.5), (32, 1.0))),
+            "peak at the end of epoch 2": dict(peak_epoch=2),
+            "full-size images from the start": dict(sizes=((32, 1.0),)),
+        },
+    ),
+}
+
+
+def holdout_accuracy(recipe: Recipe, data: str, width: int, seed: int) -> float:
+    """The accuracy on the held-out images after training by the recipe."""
+    set_seed(seed, reproducible=True)
+    learn = get_learner(get_dls(data, recipe, valid="holdout", device="cpu"), recipe, width=width)
+    with learn.no_bar(), learn.no_logging():
+        fit(learn, replace(recipe, lr_min=recipe.lr_max / 100))
+    return learn.recorder.values[-1][-1]
+
+
+def table(name: str, results: dict) -> str:
+    """The accuracies of a recipe's variants as a table in Markdown."""
+    seeds = results["seeds"]
+    means = {
+        title: statistics.mean(by_seed.values())
+        for title, by_seed in results["accuracies"].items()
+        if len(by_seed) == seeds
+    }
+    before = means.pop(BASELINE, None)
+    lines = [
+        f"## `{name}`",
+        "",
+        f"{results['epochs']} epochs, peak learning rate {results['lr_max']:g} at the end of epoch"
+        f" {results['peak_epoch']:g}, width {results['width']}, mean of {seeds} seed{'s' * (seeds > 1)} per row:"
+        f" `{results['command']}`.",
+        "",
+        "| change | hold-out accuracy before | after | difference |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    if before is not None:
+        for title, after in means.items():
+            lines.append(f"| {title} | {before:.2%} | {after:.2%} | {100 * (after - before):+.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def tables(results: dict[str, dict]) -> str:
+    """The tables of all recipes."""
+    return "\n".join(
+        ["# What each hyperparameter is worth\n", *(table(name, results[name]) for name in sorted(results))]
+    )
+
+
+def save(out: Path, name: str, results: dict):
+    """Put a recipe's results beside those of the others in `out`, and the tables of all into Markdown."""
+    everything = (json.loads(out.read_text()) if out.is_file() else {}) | {name: results}
+    write_json(out, everything)
+    write(out.with_suffix(".md"), tables(everything))
+
+
+def main(
+    recipe: Annotated[str, choices(*VARIANTS)],  # whose hyperparameters are varied
+    data: str = "cifar10",  # as for train.py
+    width: int = 16,  # of the ResNet
+    seeds: int = 1,  # trainings per row
+    out: str = "",  # JSON file for the results of all recipes; a table in Markdown is written beside it
+):
+    "Train a small model by a recipe, and by the same recipe with one thing changed, and compare them."
+    changes, variants = VARIANTS[recipe]
+    images = ImageTable.open(data)
+    train_images = len(images.split_rows("holdout")[0])
+    base = RECIPES[recipe].adapted(train_images, **dict(images.defaults) | dict(validate="last") | changes)
+    results = dict(
+        epochs=base.epochs,
+        peak_epoch=base.peak_epoch,
+        lr_max=base.lr_max,
+        width=width,
+        seeds=seeds,
+        command=f"python -m benchmarks.ablation {recipe} --data {data} --width {width} --seeds {seeds}",
+        accuracies={title: {} for title in variants},
+        **collect_env(),
+    )
+    _ = images.pixels  # decoded once, before all processes need them
+    with ProcessPoolExecutor(num_cpus(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        trainings = {
+            pool.submit(holdout_accuracy, replace(base, **fields), data, width, seed): (title, seed)
+            for seed in range(seeds)
+            for title, fields in variants.items()
+        }
+        try:
+            for done, training in enumerate(as_completed(trainings), 1):
+                (title, seed), accuracy = trainings[training], training.result()
+                results["accuracies"][title][str(seed)] = accuracy
+                print(f"{done} of {len(trainings)}: {title}, {accuracy:.2%}")
+                if out:
+                    save(Path(out), recipe, results)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or the others would still be trained before the error is seen
+            raise
+    print(table(recipe, results))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,210 @@
+"""Callbacks of the Learner, one small class each."""
+
+import math
+import time
+from datetime import datetime, timedelta
+
+import torch
+from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
+from fastcore.foundation import L
+from fastprogress.fastprogress import format_time
+from torch import nn
+from torchvision.transforms.v2.functional import resize
+
+from cifar10.cli import UserError
+from cifar10.recipes import Recipe
+
+SYNC_EVERY = 50  # steps on a GPU, which has to finish its work before the host can read a number
+
+
+def should_sync(device: torch.device, step: int) -> bool:
+    """Whether to read the loss of this step of an epoch from the device."""
+    return device.type == "cpu" or step % SYNC_EVERY == 0
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's smoothed loss, but it stays on the device."""
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
+class Progress(ProgressCallback):
+    """fastai's progress bar, but on a GPU it shows the loss only now and then."""
+
+    def after_batch(self):
+        if should_sync(self.dls.device, self.iter):
+            super().after_batch()
+        else:
+            self.pbar.update(self.iter + 1)
+
+
+class EpochRecorder(Recorder):
+    """fastai's Recorder with a row (epoch from 1, lr, train loss and accuracy, valid loss and accuracy) per epoch.
+
+    The train loss is the mean over the epoch, not the smoothed one, so that it is comparable to the valid loss.
+    `step_losses` holds the loss of each step, `seconds` the duration of each epoch. An epoch that is skipped, because
+    it was trained before (`start_epoch`), leaves no row.
+    """
+
+    name = "recorder"
+
+    def __init__(self):
+        super().__init__(train_metrics=True)
+        self.train_loss, self.smooth_loss = AvgLoss(), SmoothLoss()
+
+    def before_fit(self):
+        super().before_fit()
+        self.metric_names = L("epoch", "lr", *self.metric_names[1:])
+        self.step_losses, self.seconds = [], []  # of each step; of each epoch with validation
+        self.train_seconds = 0.0  # of all epochs, without validation
+
+    def before_epoch(self):
+        super().before_epoch()
+        self.log, self.skipped = L(self.epoch + 1), False
+
+    def after_cancel_epoch(self):
+        self.skipped = True
+
+    def before_train(self):
+        for metric in self._train_mets:
+            metric.reset()
+        self.start_train = time.time()
+
+    def after_batch(self):
+        if self.training and self.yb:
+            self.smooth_loss.accumulate(self.learn)
+            self.step_losses.append(self.learn.loss.detach())
+        super().after_batch()
+
+    def after_train(self):
+        self.log.append(float(self.opt.hypers[-1]["lr"]))
+        super().after_train()  # reads the sums, so that a GPU is done
+        self.train_seconds += time.time() - self.start_train
+
+    def after_validate(self):
+        super().after_validate()
+        self.log += [math.nan] * (len(self.metric_names) - 1 - len(self.log))  # of an epoch without validation
+
+    def after_epoch(self):
+        if not self.skipped:
+            self.seconds.append(time.time() - self.start_epoch)
+            super().after_epoch()
+
+    @property
+    def _train_mets(self):
+        return L() if getattr(self, "cancel_train", False) else L(self.train_loss) + self.metrics
+
+
+class GradientValueClip(Callback):
+    """Clip each value of the gradient to [−`limit`, `limit`], as the assignment's notebook does."""
+
+    order = MixedPrecision.order + 1  # after fp16 gradients are unscaled
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def before_step(self):
+        nn.utils.clip_grad_value_(self.model.parameters(), self.limit)
+
+
+class L1Penalty(Callback):
+    """Train on the loss plus `factor` × the sum of all parameters' absolute values; the recorded loss is without it."""
+
+    run_valid = False
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def after_loss(self):
+        self.learn.loss_grad = self.loss_grad + self.factor * sum(p.abs().sum() for p in self.model.parameters())
+
+
+class ProgressiveResize(Callback):
+    """Train on images of the recipe's sizes, one after the other; validate on full-size images.
+
+    Source: Howard, "Training Imagenet in 3 hours for $25; and CIFAR10 for $0.26", 2018.
+    """
+
+    run_valid = False
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def before_batch(self):
+        side = self.recipe.side(self.pct_train)
+        if side < self.x.shape[-1]:
+            self.learn.xb = (resize(self.x, [side, side], antialias=True),)
+
+
+class ValidateLast(Callback):
+    """Validate after the last epoch only; the others have no valid loss and accuracy."""
+
+    def before_validate(self):
+        if self.epoch + 1 < self.n_epoch:
+            raise CancelValidException
+
+
+class StopAtNaN(Callback):
+    """Raise `UserError` at the batch whose loss is not finite, before anything is saved of it."""
+
+    order, run_valid = Recorder.order + 1, False
+
+    def after_batch(self):
+        if should_sync(self.dls.device, self.iter):
+            self.check()
+
+    def check(self):
+        loss = self.loss.item()
+        if not math.isfinite(loss):
+            finite = torch.stack(self.recorder.step_losses).isfinite().tolist()
+            step = finite.index(False) if False in finite else len(finite) - 1
+            epoch, batch = divmod(step, len(self.dls.train))
+            raise UserError(
+                f"the loss became {loss:g} in epoch {epoch + 1}, batch {batch + 1} of {len(self.dls.train)}, at a"
+                f" learning rate of {self.recorder.lrs[step]:.2g}; train again with a lower --lr_max"
+            )
+
+    after_train = after_validate = check
+
+
+class TimeEstimate(Callback):
+    """After the first steps, print how long the rest takes: the LR finder's `sweep` steps and all but `done` epochs."""
+
+    order, run_valid = ProgressCallback.order + 1, False  # the progress bar must exist to print above it
+    SKIP, MEASURE = 2, 6  # steps: the first ones include one-time set-up
+
+    def __init__(self, recipe: Recipe, done: int = 0, sweep: int = 0):
+        self.recipe, self.done, self.sweep, self.steps = recipe, done, sweep, 0
+
+    def after_batch(self):
+        self.steps += 1
+        if self.steps == self.SKIP:
+            self.loss.item()  # a GPU has only been asked for the steps so far; wait for it
+            self.start = time.perf_counter()
+        elif self.steps == self.SKIP + self.MEASURE:
+            self.loss.item()
+            step = (time.perf_counter() - self.start) / self.MEASURE
+            recipe, done, epochs = self.recipe, self.done / self.recipe.epochs, self.recipe.epochs - self.done
+            # A validation step is a forward pass on full-size images, about a third of the work.
+            validation_step = step * (recipe.sizes[-1][0] / recipe.side(done)) ** 2 / 3
+            validation = validation_step * len(self.dls.valid) * (epochs if recipe.validate == "each" else 1)
+            training = step * (self.sweep + recipe.epochs * len(self.dls.train) * recipe.work_left(done))
+            self.report(step, epochs, training + validation)
+
+    def report(self, step: float, epochs: int, seconds: float):
+        end = datetime.now() + timedelta(seconds=seconds)
+        what = f"{epochs} epoch{'s' * (epochs > 1)}" + " and the LR finder" * bool(self.sweep)
+        message = f"{what} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms per step)."
+        short = 1 + epochs // 8
+        if self.dls.device.type == "cpu" and seconds > 3600 and short < epochs and self.recipe.name == "assignment":
+            message += (
+                f" A GPU is much faster. On this CPU, --epochs {short} --peak_epoch 1 takes about"
+                f" {format_time(seconds * short / epochs)}; --recipe faster is made for CPUs."
+            )
+        self.progress.mbar.write(message) if hasattr(self, "progress") else print(message)

@@ -1,0 +1,124 @@
+"""Atomic writes, and tensors with a checksum."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cifar10.cli import UserError
+
+
+class WriteError(UserError):
+    """A file could not be written: the disk is full, or a permission is missing."""
+
+    def __init__(self, path: Path, reason: OSError):
+        full = reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some disk space" if full else "check the permissions"
+        super().__init__(f"{path} can't be written ({reason.strerror or reason}); {remedy}")
+
+
+class CorruptFileError(UserError):
+    """A file does not hold what was written: it is truncated, altered, or something else altogether."""
+
+
+def write(path: Path, content: str | bytes):
+    """Write `path` atomically: whatever happens, it has the old content or the new. Raises `WriteError`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            # A file name in the content may hold bytes that are not UTF-8.
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as reason:
+        raise WriteError(path, reason) from None
+    finally:
+        with suppress(OSError):  # the disk may refuse this, too
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value):
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, columns: list[str], rows):
+    write(path, pd.DataFrame(list(rows), columns=columns).to_csv(index=False, lineterminator="\n", na_rep="nan"))
+
+
+def read_csv(path: Path) -> dict[str, list[float]]:
+    """Column name → numbers. Raises `UserError` for a file that is not a table of numbers."""
+    try:
+        table = pd.read_csv(path).astype(float)
+        if table.empty:
+            raise ValueError("it has no rows")
+    except (OSError, ValueError) as reason:
+        raise UserError(f"{path} can't be read as a table of numbers ({reason}); resume or repeat the run") from None
+    return {str(name): list(map(float, values)) for name, values in table.items()}
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to `folder` when the block succeeds, and removed when it fails."""
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        yield temporary
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process has made it in the meantime
+                raise
+    except OSError as reason:
+        raise WriteError(folder, reason) from None
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def checksum(tensors: dict[str, Tensor], state: str) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **state):
+    """Write tensors and a JSON-serializable state as safetensors, with a SHA-256 of both. Raises like `write`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(state)
+    # One metadata entry, because safetensors writes several in random order, and equal content must give equal files.
+    write(path, save(tensors, {"state": f"{checksum(tensors, text)} {text}"}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the state that `save_tensors` wrote. Nothing is unpickled.
+
+    Raises `CorruptFileError` if a single bit differs, and `FileNotFoundError` if there is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError, ValueError) as reason:
+        raise CorruptFileError(f"{path} is damaged or not a safetensors file ({str(reason).splitlines()[0]})") from None
+    digest, _, text = metadata.get("state", "").partition(" ")
+    if checksum(tensors, text) != digest:
+        raise CorruptFileError(f"{path} is damaged: its checksum does not match")
+    return tensors, json.loads(text)

@@ -1,0 +1,97 @@
+"""The one place where a Learner is built: model + recipe → optimizer, loss, callbacks, precision."""
+
+import ctypes
+import sys
+from functools import partial
+
+import torch
+from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import CastToTensor
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, Learner, OptimWrapper, accuracy
+from torch import nn
+
+from cifar10.callbacks import EpochRecorder, GradientValueClip, L1Penalty, Progress, ProgressiveResize
+from cifar10.cli import UserError
+from cifar10.optim import Muon, param_groups_weight_decay
+from cifar10.recipes import Recipe
+
+
+class CPUMixedPrecision(MixedPrecision):
+    """bfloat16 on the CPU: fastai's own callback autocasts on CUDA only."""
+
+    def __init__(self):
+        super().__init__(amp_mode="bf16")
+
+    def before_fit(self):  # without fastai's, which warns that there is no GPU
+        self.autocast, self.scales = torch.autocast("cpu", dtype=torch.bfloat16), L()
+        self.learn.scaler = torch.amp.GradScaler("cpu", enabled=False)  # bfloat16 has the range of float32
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def keep_freed_memory():
+    """Make glibc keep the memory that the process frees, until it ends. Does nothing with other C libraries.
+
+    Otherwise it returns a step's large tensors to the system, and in the next step each page costs a page fault.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`"auto"` becomes the fastest precision that the device computes in hardware; any other one is checked."""
+    possible = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}.get(device.type, ("fp32",))
+    if precision != "auto":
+        if precision not in possible:
+            raise UserError(f"precision is {precision!r}; on {device.type} it must be auto, {' or '.join(possible)}")
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and has_bf16 else "fp32"
+
+
+def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
+    if precision == "fp32":
+        return []
+    if device.type == "cuda":
+        return [MixedPrecision(amp_mode=precision)]
+    keep_freed_memory()  # in bf16 only: in fp32 the process would grow beyond 3 GiB
+    return [CPUMixedPrecision()]
+
+
+def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", path=None) -> Learner:
+    """A fastai Learner that trains `model` on `dls` with cross-entropy, as `recipe` says, in the folder `path`.
+
+    `precision` is "auto" (the fastest), "fp32", "bf16" or "fp16". Raises `UserError` if the device does not have it.
+    """
+    precision = resolve_precision(precision, dls.device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    optimizer = partial(Muon, momentum=recipe.momentum, ns_steps=recipe.ns_steps, dtype=dtype)
+    model = model.to(dls.device)
+    if dls.device.type != "mps":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
+    learn = Learner(
+        dls,
+        model,
+        loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
+        opt_func=partial(OptimWrapper, opt=optimizer),
+        splitter=partial(param_groups_weight_decay, recipe=recipe),
+        metrics=accuracy,
+        moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
+        path=path,
+        default_cbs=False,
+        cbs=[
+            *(TrainEvalCallback(), EpochRecorder(), CastToTensor(), Progress()),
+            *precision_callbacks(precision, dls.device),
+            *([GradientValueClip(recipe.clip)] if recipe.clip else []),
+            *([L1Penalty(recipe.l1)] if recipe.l1 else []),
+            *([ProgressiveResize(recipe)] if len(recipe.sizes) > 1 else []),
+        ],
+    )
+    learn.precision = precision
+    return learn

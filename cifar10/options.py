@@ -1,0 +1,61 @@
+"""The options of train.py: types, bounds, choices and help, for the command line, for config.json and for checks."""
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from cifar10.cli import UserError, YesNo
+from cifar10.recipes import RECIPES, Bounds, Recipe, check_fields, choices
+
+YES_NO = {"action": YesNo}
+
+
+# fastcore makes the command line of this: the comments are the help texts.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train the assignment's ResNet with the one-cycle policy; leave a folder of metrics and plots."""
+
+    data: str = "auto"  # auto (CIFAR-10 if it can be had, otherwise the digits), cifar10, digits, or a path
+    recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # how to train; fast and faster are made for CPUs
+    valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a tenth of train
+    epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
+    peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, in proportion)
+    batch_size: int | None = None  # images per step (default: 512; 64 with fewer than 10,000 training images)
+    lr_max: float | None = None  # highest learning rate (default: the recipe's, or found)
+    lr_min: float | None = None  # learning rate at the start and the end (default: found, or lr_max / 100)
+    annihilate: Annotated[bool | None, YES_NO] = None  # end with a learning rate near zero instead of lr_min
+    flip: Annotated[bool | None, YES_NO] = None  # mirror training images at random (default: yes; no on the digits)
+    clip: float | None = None  # limit for each value of the gradient (default: none; the assignment's notebook has 0.1)
+    l1: float | None = None  # factor of an L1 penalty on all parameters (default: 0)
+    norm: Annotated[str, choices("batch", "layer")] = "batch"  # kind of all normalization layers
+    width: Annotated[int, Bounds(1, 4096)] = 64  # channels of the first layer; 8 make a small model for a quick try
+    precision: Annotated[str, choices("auto", "fp32", "bf16", "fp16")] = "auto"  # of convolutions; auto is the fastest
+    device: Annotated[str, choices("auto", "cpu", "cuda", "mps")] = "auto"  # where to compute; auto is the fastest
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 42  # the same seed on the same CPU gives the same weights
+    runs_dir: str = "runs"  # folder that holds the runs
+    name: str | None = None  # of the run's folder (default: <date>-<time>-<data>-<recipe>)
+    resume: str | None = None  # resume a run that was stopped: its folder, or last
+
+    def __post_init__(self):
+        check_fields(self)
+        name = self.name
+        if name is not None and (
+            not name or Path(name).name != name or name.startswith(".") or len(os.fsencode(name)) > 200
+        ):
+            raise UserError(f"name is {name!r}; it must be a plain folder name of at most 200 bytes")
+        RECIPES[self.recipe].adapted(10**6, **self.changes)  # raises for a hyperparameter that makes no sense
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The hyperparameters that were given, which replace the recipe's."""
+        names = {field.name for field in fields(Recipe)} - {"name"}
+        return {name: value for name, value in vars(self).items() if name in names and value is not None}
+
+    def resolve(self, images) -> Recipe:
+        """The recipe for an `ImageTable`. Raises `UserError` if it holds fewer training images than a batch."""
+        train_images = len(images.split_rows(self.valid)[0])
+        recipe = RECIPES[self.recipe].adapted(train_images, **(dict(images.defaults) | self.changes))
+        if recipe.batch_size > train_images:
+            raise UserError(f"batch_size is {recipe.batch_size}, above the {train_images:,} training images; lower it")
+        return recipe

@@ -1,0 +1,40 @@
+"""The report of a run: accuracy per class, the most confused pairs, and all plots."""
+
+from pathlib import Path
+
+from fastai.vision.all import Learner
+
+from cifar10.files import write
+from cifar10.interpretation import Interpretation
+from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_misclassified, save_figure
+
+
+def per_class_accuracy(interp: Interpretation) -> dict[str, float | None]:
+    """Class → the fraction of its images that are classified correctly; `None` for a class without images."""
+    matrix = interp.confusion_matrix()
+    return {label: matrix[i, i] / matrix[i].sum() if matrix[i].sum() else None for i, label in enumerate(interp.vocab)}
+
+
+def markdown_report(interp: Interpretation) -> str:
+    """Accuracy, per-class accuracy and the most confused pairs as Markdown."""
+    lines = [f"# {interp.accuracy:.2%} of {len(interp.targs):,} images correct", ""]
+    accuracies = zip(interp.vocab, per_class_accuracy(interp).values())
+    for header, rows in (
+        ("| class | accuracy |\n| --- | ---: |", [(label, f"{v:.1%}") for label, v in accuracies if v is not None]),
+        ("\n| actual | predicted | images |\n| --- | --- | ---: |", interp.most_confused(min_val=1)[:10]),
+    ):
+        lines += [header, *("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(learn: Learner, folder: Path) -> Interpretation:
+    """Write curves.png, confusion_matrix.png, misclassified.png, gradcam.png and report.md into a run's folder."""
+    interp = Interpretation(learn)
+    plot_curves(folder)
+    save_figure(folder / "curves.png")
+    plots = {"confusion_matrix": plot_confusion, "misclassified": plot_misclassified, "gradcam": plot_grad_cam}
+    for name, plot in plots.items():
+        plot(interp)
+        save_figure(folder / f"{name}.png")
+    write(folder / "report.md", markdown_report(interp))
+    return interp

@@ -1,0 +1,208 @@
+"""A run: a folder with its config, history, metrics, plots, weights and checkpoints, used by one process at a time."""
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from fastai.vision.all import Learner, Normalize, get_model
+from filelock import FileLock, Timeout
+from torch import nn
+
+from cifar10.cli import UserError
+from cifar10.files import WriteError, load_tensors, save_tensors, write_csv, write_json
+from cifar10.options import Options
+from cifar10.recipes import Recipe
+
+FORMAT = 2  # of config.json, the weights and the checkpoints; to be raised by whatever older code can't read
+HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
+PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
+
+
+class Run:
+    """The folder `path` of a run, and what config.json says about it.
+
+    `options` and `recipe` are those it was started with. `model_args` build the model again, `ResNet(**model_args)`;
+    `classes`, `size` (pixels), `mean` and `std` (per channel, of pixels in [0, 1]) are all that its inputs and outputs
+    depend on. The weights carry the same values, so that they can be used without the data set.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path, self.config = path, json.loads(json.dumps(config))  # as a reader of config.json sees it
+        self.options, self.recipe = Options(**config["options"]), Recipe.from_json(config["recipe"])
+        self.model_args: dict[str, Any] = dict(config["model"])
+        data = config["data"]
+        self.sha256, self.classes, self.size = str(data["sha256"]), list(data["classes"]), int(data["size"])
+        self.mean, self.std = ([float(value) for value in data[key]] for key in ("mean", "std"))
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError("mean and std need three channels")
+
+    @classmethod
+    def create(cls, options: Options, recipe: Recipe, learn: Learner) -> "Run":
+        """Make a run's folder and its config.json. Raises `UserError` if the name is taken or it can't be written."""
+        dls, images = learn.dls, learn.dls.train.table
+        home, device = str(Path.home() / "_")[:-1], dls.device.type
+        where = f"~/{images.data.removeprefix(home)}" if images.data.startswith(home) else images.data
+        normalize = next(tfm for tfm in dls.after_batch.fs if isinstance(tfm, Normalize))
+        mean, std = (values.flatten().tolist() for values in (normalize.mean, normalize.std))
+        data = dict(
+            name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab),
+            size=images.pixels.shape[-1], mean=mean, std=std, sha256=images.hash,
+        )  # fmt: skip
+        options = replace(options, data=where, device=device, precision=learn.precision)
+        about = dict(options=asdict(options), recipe=asdict(recipe), model=get_model(learn.model).args, data=data)
+        config = dict(format=FORMAT, **about, **collect_env())
+        run = cls(make_folder(Path(options.runs_dir), options.name, f"{images.name[:50]}-{recipe.name}"), config)
+        run.update()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, runs_dir: str | Path = "runs") -> "Run":
+        """The run in a folder; `"last"` is the latest one in `runs_dir`. Raises `UserError` if it can't be read."""
+        if path == "last":
+            configs = sorted(Path(runs_dir).glob("*/config.json"), key=lambda config: config.stat().st_mtime)
+            if not configs:
+                raise UserError(f"{runs_dir} holds no run; give --resume the folder of a run, or its --runs_dir")
+            path = configs[-1].parent
+        file = Path(path) / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if config.get("format", 1) == FORMAT:
+                return cls(Path(path), config)
+        except OSError:
+            raise UserError(f"{path} is not the folder of a run: it has no config.json that can be read") from None
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as reason:
+            raise UserError(f"{file} is not the config of a run ({type(reason).__name__}: {reason})") from None
+        found = config.get("format", 1)  # the first version had none
+        raise UserError(f"{path} has format {found}, not {FORMAT}; train again, or use the version that made it")
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "metrics.json").is_file()
+
+    def check_options(self, given: dict[str, Any]) -> Options:
+        """The options to resume with. Raises `UserError` if one of the `given` ones would change the result."""
+        for name, value in given.items():
+            if name not in ("data", "resume", "runs_dir") and value != (before := getattr(self.options, name)):
+                raise UserError(f"cannot change --{name} on resume: this run was started with {name}={before}")
+        return replace(self.options, data=given.get("data", self.options.data))
+
+    def check_data(self, learn: Learner):
+        """Raise `UserError` unless the Learner has the images that the run was started with."""
+        images = learn.dls.train.table
+        if images.hash != self.sha256:
+            raise UserError(f"the images in {images.folder} are not those that {self.path} was started with")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the folder for this process, and say how to resume if it is interrupted.
+
+        A killed process releases the lock. Raises `UserError` if another process has it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.path} is locked by another process; wait until it ends, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            for part in self.path.rglob(".*.part"):  # of a process that was killed while it was writing
+                part.unlink()
+            yield
+        except KeyboardInterrupt as stopped:
+            raise type(stopped)(f"; resume with: {self.resume_command}") from None
+        except WriteError as full:
+            raise UserError(f"{full}, then resume with: {self.resume_command}") from None
+        except OSError as reason:
+            raise UserError(f"{reason}; fix this, then resume with: {self.resume_command}") from reason
+        finally:
+            lock.release()
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to resume this run."""
+        python = "python" if shutil.which("python") == sys.executable else sys.executable
+        return shlex.join([python, sys.argv[0], "--resume", str(self.path)])
+
+    def update(self, **values):
+        """Add or replace entries of config.json."""
+        self.config |= values
+        write_json(self.path / "config.json", self.config)
+
+    def write_history(self, learn: Learner):
+        """history.csv, a row per epoch, and batches.csv, a row per step."""
+        recorder, steps = learn.recorder, len(learn.dls.train)
+        epochs = [
+            (epoch, *values, round(seconds, 3))
+            for epoch, (values, seconds) in enumerate(zip(recorder.values, recorder.seconds), start=1)
+        ]
+        write_csv(self.path / "history.csv", HISTORY, epochs)
+        losses = zip(recorder.lrs, torch.stack(recorder.step_losses).tolist())
+        batches = [(step + 1, step // steps + 1, float(lr), loss) for step, (lr, loss) in enumerate(losses)]
+        write_csv(self.path / "batches.csv", ["step", "epoch", "lr", "loss"], batches)
+
+    def write_metrics(self, **metrics):
+        """Add or replace entries of metrics.json, which a finished run has."""
+        file = self.path / "metrics.json"
+        write_json(file, (json.loads(file.read_text()) if self.is_finished else {}) | metrics)
+
+    def save_weights(self, model: nn.Module):
+        """model.safetensors: parameters, buffers, and what it takes to use them without this folder."""
+        data = {name: self.config["data"][name] for name in ("name", "classes", "size", "mean", "std")}
+        about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
+        save_tensors(self.path / "model.safetensors", get_model(model).state_dict(), **about)
+
+    def load_weights(self, model: nn.Module):
+        """Load model.safetensors. Nothing is unpickled. Raises `UserError` if it is missing or does not fit."""
+        weights = self.path / "model.safetensors"
+        try:
+            model.load_state_dict(load_tensors(weights)[0])
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is not a finished run: it has no {weights.name}") from None
+        except RuntimeError as reason:
+            raise UserError(f"{weights} does not fit the model: {shorten(str(reason), 200)}") from None
+
+
+def make_folder(runs_dir: Path, name: str | None, default: str) -> Path:
+    """Make `runs_dir/name`, or a new folder named after date, time and `default`."""
+    path = runs_dir / (name or f"{datetime.now():%Y%m%d-%H%M%S}-{default}")
+    while name is None and path.is_dir():  # of another run of this second
+        path = path.with_name(path.name + "x")
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{path} exists already; choose another --name or --runs_dir") from None
+    except OSError as reason:
+        raise UserError(f"{path} can't be made ({reason.strerror}); choose another --runs_dir") from None
+    return path
+
+
+def collect_env() -> dict[str, Any]:
+    """What a result may depend on beside options and recipe: versions, hardware, the commit of this repository."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
+    try:
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
+    return {
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "commit": commit or None,
+    }

@@ -1,0 +1,114 @@
+"""Each callback does what its name says, and nothing else."""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import small
+from fastai.vision.all import Callback, MixedPrecision, ProgressCallback, set_seed
+
+from cifar10.callbacks import TimeEstimate, ValidateLast
+from cifar10.recipes import ASSIGNMENT, RECIPES
+from train import get_dls, get_learner
+
+
+def test_rows_hold_the_means_over_the_images(dls):
+    learn = small(dls)
+    learn.fit_one_cycle(2, 0.01)
+    recorder, values = learn.recorder, list(learn.recorder.values)
+    assert list(recorder.metric_names) == [
+        "epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "time",
+    ]  # fmt: skip
+    losses = torch.stack(recorder.step_losses)
+    assert len(losses) == 6 and len(recorder.seconds) == 2
+    assert values[1][1] == pytest.approx(losses[3:].mean().item(), rel=1e-5)
+    probabilities, targets, each = learn.get_preds(with_loss=True)
+    assert values[1][3] == pytest.approx(each.mean().item(), rel=1e-5)
+    assert values[1][4] == pytest.approx((probabilities.argmax(1) == targets).float().mean().item())
+
+
+def gradients(learn) -> torch.Tensor:
+    """All gradients of one training step."""
+    kept = []
+
+    class Keep(Callback):
+        order = 100
+
+        def before_step(self):
+            kept.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
+
+    set_seed(3)
+    learn.dls.train.rng.seed(3)
+    learn.fit(1, 0.0, cbs=Keep())
+    return kept[0]
+
+
+def test_clip_limits_each_value(dls):
+    assert gradients(small(dls)).abs().max() > 0.01
+    assert gradients(small(dls, clip=0.01)).abs().max() == pytest.approx(0.01)
+
+
+def test_clip_comes_after_the_scaling_of_fp16(dls):
+    learn = small(dls, clip=0.01)
+    order = [type(cb).__name__ for cb in (learn.cbs + MixedPrecision()).sorted("order")]
+    assert order.index("GradientValueClip") > order.index("MixedPrecision")
+
+
+def test_l1_adds_its_factor_to_each_gradient(dls):
+    set_seed(5)
+    plain = small(dls)
+    set_seed(5)
+    penalised = small(dls, l1=0.5)
+    signs = torch.cat([p.detach().sign().flatten() for p in plain.model.parameters()])
+    torch.testing.assert_close(gradients(penalised) - gradients(plain), 0.5 * signs, atol=1e-4, rtol=1e-3)
+
+
+class Sizes(Callback):
+    """The side of each batch's images."""
+
+    order = 1000
+
+    def __init__(self):
+        self.train, self.valid = [], []
+
+    def before_batch(self):
+        (self.train if self.training else self.valid).append(self.x.shape[-1])
+
+
+@pytest.mark.parametrize("recipe", ["fast", "faster"])
+def test_images_grow_and_validation_sees_full_size_ones(dls, recipe):
+    learn = get_learner(dls, RECIPES[recipe], width=4, precision="fp32")
+    learn.fit_one_cycle(10, 0.1, cbs=[sizes := Sizes(), ValidateLast()])
+    expected = [RECIPES[recipe].side(step / 30) for step in range(30)]
+    assert sizes.train == expected and sizes.train[0] == 24 and sizes.train[-1] == 32
+    assert sizes.valid == [32]
+    *before, last = learn.recorder.values
+    assert len(before) == 9 and all(math.isnan(row[3]) and math.isnan(row[4]) and row[1] > 0 for row in before)
+    assert last[3] > 0 and last[4] >= 0.5
+
+
+def test_the_time_estimate_speaks_once_and_is_right(dls, capsys):
+    dls = get_dls(dls.train.table.folder, batch_size=4)
+    learn = get_learner(dls, width=16)
+    learn.remove_cb(ProgressCallback)
+    learn.add_cb(TimeEstimate(replace(ASSIGNMENT, epochs=6)))
+    said_seconds = []
+    learn.time_estimate.report = lambda step, epochs, seconds: said_seconds.append(seconds)
+    start = time.perf_counter()
+    with learn.no_logging():
+        learn.fit_one_cycle(6, 0.01)
+    (seconds,) = said_seconds
+    assert 0.5 < seconds / (time.perf_counter() - start) < 2
+
+
+@pytest.mark.parametrize(("epochs", "seconds", "short"), [(24, 7200, 4), (24, 3000, None), (1, 7200, None)])
+def test_a_long_time_on_a_cpu_comes_with_a_short_command(dls, capsys, epochs, seconds, short):
+    estimate = TimeEstimate(ASSIGNMENT, sweep=50)
+    estimate.learn = small(dls)
+    estimate.learn.remove_cb(ProgressCallback)
+    estimate.report(step=3.0, epochs=epochs, seconds=seconds)
+    said = capsys.readouterr().out
+    assert f"{epochs} epoch" in said and "and the LR finder will take about" in said
+    assert ("--epochs 4 --peak_epoch 1 takes about 20:00" in said) == bool(short)

@@ -1,0 +1,80 @@
+"""What all scripts have in common: options, errors in one sentence, exit statuses."""
+
+from typing import Annotated
+
+import pytest
+
+from cifar10 import cli
+from cifar10.cli import UserError, YesNo, parse
+
+
+def example(
+    folder: str,  # a folder
+    batch_size: int = 3,  # a number
+    flip: Annotated[bool | None, {"action": YesNo}] = None,  # yes or no
+    tta: bool = False,  # a flag
+):
+    "An example."
+
+
+@pytest.mark.parametrize("option", ["--batch_size=7", "--batch-size=7"])
+def test_only_what_was_typed(option):
+    assert parse(example, ["here", option, "--no-flip"]) == {"folder": "here", "batch_size": 7, "flip": False}
+    assert parse(example, ["here", "--tta"]) == {"folder": "here", "tta": True}
+    assert parse(example, ["a_b-c", "--batch_size", "3"]) == {"folder": "a_b-c", "batch_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["here", "--batch_sise", "3"], "there is no option --batch-sise; did you mean --batch-size?"),
+        (["here", "--zzz"], "there is no option --zzz; see --help"),
+        (["here", "there"], "unrecognized arguments: there; options begin with --"),
+        (["here", "--batch_size", "many"], "invalid int value: 'many'"),
+        ([], "the following arguments are required: folder"),
+    ],
+)
+def test_a_wrong_option_gets_one_line(words, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(example, words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (UserError("this is wrong;\nfix it"), 2, "error: this is wrong;\\nfix it\n"),
+        (PermissionError(13, "Denied", "x"), 2, "error: [Errno 13] Denied: 'x' (--debug shows where)\n"),
+        (KeyboardInterrupt("; resume with: this"), 130, "\nstopped by Ctrl-C; resume with: this\n"),
+        (cli.Terminated(), 143, "\nstopped by SIGTERM\n"),
+    ],
+)  # fmt: skip
+def test_exit_statuses(error, status, says, capsys, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script"])
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **kwargs: None, raising=False)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == status and capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("error", [UserError("wrong"), OSError("gone")])
+def test_debug_keeps_the_traceback(error, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script", "--debug"])
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **kwargs: None, raising=False)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    with pytest.raises(type(error), match=str(error)):
+        cli.run(main)
+
+
+def test_argparse_itself_is_left_alone():
+    import argparse
+
+    assert argparse.ArgumentParser.error.__module__ == "argparse"

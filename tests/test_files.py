@@ -1,0 +1,32 @@
+"""Atomic writes and tables."""
+
+import os
+
+import pytest
+
+from cifar10.cli import UserError
+from cifar10.files import read_csv, write, write_csv
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path):
+    """To the last digit, with missing values."""
+    rows = [(1, 0.1 + 0.2, float("nan")), (2, 1e-17, 3.0)]
+    write_csv(tmp_path / "a.csv", ["epoch", "loss", "accuracy"], rows)
+    assert (tmp_path / "a.csv").read_text() == "epoch,loss,accuracy\n1,0.30000000000000004,nan\n2,1e-17,3.0\n"
+    table = read_csv(tmp_path / "a.csv")
+    assert table["epoch"] == [1, 2] and table["loss"] == [0.1 + 0.2, 1e-17] and table["accuracy"][1] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"epoch\n", b"epoch\nfirst\n", b"\xff,\n\n"])
+def test_no_table_of_numbers(tmp_path, content):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.csv can't be read as a table of numbers"):
+        read_csv(tmp_path / "a.csv")
