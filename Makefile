@@ -1,4 +1,4 @@
-# make train [ARGS="--epochs 3"], make test, make lint: each sets up .venv first, once.
+# make train [ARGS="--recipe faster"], make test, make lint: each sets up .venv first, once.
 PYTHON ?= python3
 
 .PHONY: train test lint
@@ -11,6 +11,7 @@ test: .venv/ready-dev
 lint: .venv/ready-dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/mypy
 
 # The marker is written last and an unmarked .venv is thrown away, so an interrupted installation is done again.
 .venv/ready: requirements.txt constraints.txt
@@ -18,9 +19,9 @@ lint: .venv/ready-dev
 		{ echo "error: $(PYTHON) is older than Python 3.11.4; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -r requirements.txt
+	.venv/bin/python -m pip install -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
-	.venv/bin/python -m pip install -r requirements-dev.txt
+	.venv/bin/python -m pip install -r requirements-dev.txt -c constraints.txt
 	touch $@

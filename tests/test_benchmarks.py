@@ -26,6 +26,7 @@ def module(name: str, *arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_speed_benchmark(shapes, tmp_path):
     tiny = ("--bs", 8, "--width", 4, "--rounds", 1, "--steps", 2, "--out", tmp_path / "speed.json")
     done = module("speed", "--data", shapes, *tiny)
@@ -110,6 +111,7 @@ def test_each_variant_changes_what_it_says():
             assert (variant != base) == (title != ablation.BASELINE), title
 
 
+@pytest.mark.slow
 def test_the_ablation(shapes, tmp_path):
     """From the command line, with a variant or two: each is trained by its own recipe."""
     done = module("ablation", "faster", "--data", shapes, "--width", 2, "--out", tmp_path / "ablation.json")

@@ -1,109 +1,97 @@
-"""The README claims nothing that isn't in a file, and shows nothing that isn't there."""
+"""README and docs claim nothing that is not in a file, and show nothing that is not there."""
 
 import csv
-import json
 import re
-from statistics import mean, stdev
+from pathlib import Path
 
+import pytest
 from conftest import ROOT
-from recipes import RECIPES
-from runs import read_csv
 
+from benchmarks import tables
+from cifar10.options import Options
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 README = (ROOT / "README.md").read_text()
 
 
-def read_json(path: str):
-    return json.loads((ROOT / path).read_text())
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_current(page):
+    """If not: python -m benchmarks.tables."""
+    assert page.read_text() == tables.render(page.read_text())
 
 
-def test_figures_equal_their_files():
-    rows = re.findall(r"\| (\d+) \| ([\d.]+) % \| (?:([\d.]+) % )?\| \[([\w.-]+)\]", README)
-    names = ("assignment", "layer", "fast", "faster")
-    runs = {name: read_json(f"results/cifar10-{name}/metrics.json") for name in names}
-    notebook = read_csv(ROOT / "results/notebook/log.csv")["test_accuracy_percent"]
-    assert rows == [
-        *(
-            (
-                str(run["epochs"]),
-                f"{100 * run['accuracy']:.2f}",
-                f"{100 * read_json(f'results/cifar10-{name}/two_views.json')['accuracy']:.2f}",
-                f"cifar10-{name}",
-            )
-            for name, run in runs.items()
-        ),
-        ("24", f"{notebook[23]:.2f}", "", "log.csv"),
-    ]
-    for name in ("fast", "faster"):
-        others = sorted((ROOT / "results/seeds").glob(f"{name}-*/metrics.json"))
-        each = [100 * run["accuracy"] for run in (runs[name], *map(read_json, others))]
-        words = ", ".join(f"{accuracy:.2f} %" for accuracy in each)
-        assert f"| `{name}` | {len(each)} | {mean(each):.2f} % | {stdev(each):.2f} | {words} |" in README
-    text = " ".join(README.split())
-    seed_43 = read_json("results/seeds/fast-43/metrics.json")["seconds"] / 60
-    assert f"with today's code, {seed_43:.0f} minutes for `fast`" in text
-    fast, faster = (runs[name]["seconds"] / 60 for name in ("fast", "faster"))
-    assert f"took {fast:.0f} minutes for `fast` and {faster:.0f} for `faster`" in text
-    assert f"{100 * runs['assignment']['accuracy']:.2f} % after the 24 epochs as assigned" in README
-    lr_max = read_json("results/cifar10-assignment/config.json")["lr_max"]
-    assert f"smoothed loss is lowest, {lr_max:.2f} in the run below" in text
-    overhead = read_json("results/overhead.json")
-    assert f"takes {overhead['ratio']:.3f} × the time" in text
-    assert f"and precision, in {overhead['precision']} on two CPU cores" in text
-    speed = read_json("results/speed.json")
-    whole_epoch = 50_000 // 512 * 512 * speed["flops_per_image"] / 1e15  # PFLOP; the last images make no whole batch
-    fast, faster = (
-        whole_epoch * recipe.epochs * recipe.work_left(0) * (recipe.side(0) / 32) ** 2
-        for recipe in (RECIPES["fast"], RECIPES["faster"])
-    )
-    assert f"these are {fast:.2f} and {faster:.2f} PFLOP of training" in text
-    convolutions = sum(part for name, part in speed["operators"].items() if "convolution" in name)
-    for figure in (
-        f"{convolutions:.0%} of a step's time are the convolutions, forward and backward,"
-        f" computed at {speed['part_of_limit'] / convolutions:.2f} × the rate",
-        f"workers | {speed['times_plain']:.2f} × as fast |",
-        f"tutorials | {speed['times_stock_fastai']:.2f} × as fast |",
-        f"precision | {speed['part_of_limit']:.0%} of it |",
-        f"takes {speed['data_part_of_step']:.1%} of a step",
-        f"needs {speed['peak_gib']:.1f} GiB at most",
-        f"two CPU cores, {speed['precision']}, batches of {speed['batch_size']}",
-    ):
-        assert figure in text
-    kill = read_json("results/kill.json")
-    killed = f"{kill['identical']} of {kill['killed']} runs that were killed at random moments"
-    assert f"{killed}, {kill['killed_twice']} of them twice" in text and kill["runs"] == 20
+def test_a_table_is_made_anew():
+    page = "before\n<!-- table: recipes -->\nold\n<!-- end -->\nafter"
+    assert tables.render(page) == f"before\n<!-- table: recipes -->\n{tables.recipes()}\n<!-- end -->\nafter"
+    assert "| epochs | 24 | 20 | 5 |" in tables.recipes()
 
 
-def test_the_recipes_are_as_the_tables_say():
-    recipes = RECIPES.values()
-    end = {False: "the rate that it began with", True: "a rate near zero"}
-    for row in (
-        ["", *(f"`{name}`" for name in RECIPES)],
-        ["epochs, highest rate at", *(f"{recipe.epochs}, {recipe.peak_epoch}" for recipe in recipes)],
-        ["learning rates", *(f"{recipe.lr_max} at most" if recipe.lr_max else "found" for recipe in recipes)],
-        ["ends with", *(end[recipe.annihilate] for recipe in recipes)],
-        ["training images", *(", then ".join(f"{side}×{side}" for side, _ in recipe.sizes) for recipe in recipes)],
-        ["validation", *(f"after {'each' if recipe.validate == 'each' else 'the last'} epoch" for recipe in recipes)],
-    ):
-        assert " | ".join(row) + " |\n" in README
-    assignment, fast, faster = recipes
-    assert f"| `--epochs` | {assignment.epochs} |" in README
-    assert f"(`fast` {fast.epochs}, `faster` {faster.epochs};" in README
-    assert f"| `--peak_epoch` | {assignment.peak_epoch} of {assignment.epochs} |" in README
-    assert f"(`fast` {fast.lr_max}, `faster` {faster.lr_max})" in README
+def test_the_results_equal_their_files():
+    """Recomputed here from the same files, row by row."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.results().splitlines()[2:]]
+    assert len(rows) == 5 and rows[4][1:3] == ["24", "92.69%"]
+    for (name, options), row in zip(tables.RUNS.values(), rows):
+        runs = [tables.read_json(f"{re.search(r'results/([^/]+)/', row[0])[1]}/metrics.json")]
+        if not options:
+            runs += [
+                tables.read_json(f"seeds/{p.name}/metrics.json") for p in (ROOT / "results/seeds").glob(f"{name}-*")
+            ]
+        for column, key in ((2, "accuracy"), (3, "tta_accuracy")):
+            values = [100 * run[key] for run in runs]
+            assert float(row[column].split("%")[0]) == pytest.approx(sum(values) / len(values), abs=0.0051)
+        assert int(row[4]) == len(runs)
 
 
-def test_every_link_leads_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links and all(link.startswith("https:") or (ROOT / link).is_file() for link in links)
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    for link in links:
+        if not link.startswith("https:"):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.is_file(), link
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, link
+
+
+def test_files_that_the_pages_name_are_there():
+    for page in PAGES:
+        for name in re.findall(r"`?((?:cifar10|docs|results|benchmarks|tests)/[\w./-]+\.\w+)", page.read_text()):
+            assert (ROOT / name).exists() or name == "results/gpu.json", f"{page.name}: {name}"
+
+
+def test_the_layout_lists_every_module():
+    layout = README.split("## Layout")[1]
+    assert set(re.findall(r"\w+\.py", layout)) == {
+        path.name for folder in (ROOT, ROOT / "cifar10") for path in folder.glob("*.py") if path.name != "__init__.py"
+    }
 
 
 def test_every_option_is_in_the_table():
-    import train
+    listed = {
+        name for line in tables.options().splitlines() for name in re.findall(r"`--(?:no_)?(\w+)`", line.split("|")[1])
+    }
+    assert listed == set(Options.__dataclass_fields__)
 
-    options = set(train.main.__wrapped__.__wrapped__.__annotations__)
-    assert set(re.findall(r"`--(\w+)`", README.split("## Options")[1].split("A path given")[0])) == options
+
+def test_benchmarks_that_the_pages_name_are_there():
+    named = {name for page in PAGES for name in re.findall(r"python -m benchmarks\.(\w+)", page.read_text())}
+    assert named <= {path.stem for path in (ROOT / "benchmarks").glob("*.py")} and len(named) >= 6
 
 
-def test_the_notebooks_figures_are_whole():
+def test_the_notebooks_results_are_whole():
     with (ROOT / "results/notebook/log.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 24
+
+
+def test_nothing_uses_the_words_of_the_first_version():
+    """The style of the pages: American spelling, percentages without a space."""
+    words = r"optimis|normalis|colour|\d %|two.views|mirror images|pictures\b"
+    for page in [*PAGES, *ROOT.glob("*.py"), *(ROOT / "cifar10").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert not re.findall(words, Path(page).read_text(), re.IGNORECASE), page

@@ -1,9 +1,12 @@
 """One source of truth for versions, and the running interpreter has exactly those."""
 
+import ast
+import shutil
+import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 
-import pytest
 import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
@@ -12,22 +15,54 @@ from pip._internal.req import parse_requirements
 from rattler import MatchSpec, Version
 
 
-def requirements(name: str) -> dict[str, Requirement]:
-    """Package → requirement, with the constraints, as pip itself reads the file."""
-    lines = parse_requirements(str(ROOT / name), session=PipSession())
+def requirements(*names: str) -> dict[str, Requirement]:
+    """Package → requirement, as pip itself reads the files."""
+    lines = [line for name in names for line in parse_requirements(str(ROOT / name), session=PipSession())]
     parsed = [Requirement(line.requirement) for line in lines]
     return {requirement.name.lower(): requirement for requirement in parsed}
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
-def test_everything_is_pinned_and_installed(name):
-    pins = requirements(name)
+def test_everything_is_pinned_and_installed():
+    pins = requirements("requirements-dev.txt", "constraints.txt")
     assert {"torch", "torchvision", "fastai", "fastcore", "matplotlib", "safetensors", "fastdownload"} <= set(pins)
     for requirement in pins.values():
         assert [spec.operator for spec in requirement.specifier] == ["=="], requirement
-    if name == "requirements-dev.txt":
-        installed = {p: version(p) for p, r in pins.items() if not r.marker or r.marker.evaluate()}
-        assert {p: f"=={v}" for p, v in installed.items()} == {p: str(pins[p].specifier) for p in installed}
+    installed = {p: version(p) for p, r in pins.items() if not r.marker or r.marker.evaluate()}
+    assert {p: f"=={v}" for p, v in installed.items()} == {p: str(pins[p].specifier) for p in installed}
+
+
+def test_whatever_is_imported_is_required():
+    """Packages that come along with another one are named, too, if the code imports them."""
+    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    paths = [*ROOT.glob("*.py"), *(ROOT / "cifar10").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"cifar10", "benchmarks"}
+    tops = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - ours
+    assert {names.get(top, top) for top in tops} <= set(requirements("requirements.txt"))
+
+
+def test_the_package_can_be_installed(tmp_path):
+    """Its metadata name the same requirements, and its wheel holds the package and the scripts."""
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", *(p.name for p in ROOT.glob("*.py"))):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "cifar10", tmp_path / "cifar10", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+        (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("METADATA"))
+    assert {"train.py", "interpret.py", "model.py", "augment.py", "cifar10/run.py"} <= set(names)
+    for requirement in requirements("requirements.txt").values():
+        assert f"Requires-Dist: {requirement}" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_pre_commit_uses_the_same_ruff():
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert hooks["rev"] == f"v{version('ruff')}"
 
 
 def test_nothing_is_pinned_twice():
@@ -43,7 +78,7 @@ def test_nothing_is_pinned_twice():
 def test_environment_yml():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
-    assert pip == {"pip": ["-r requirements.txt"]}
+    assert pip == {"pip": ["-r requirements.txt", "-c constraints.txt"]}
     specs = {spec.name.normalized: spec for spec in map(MatchSpec, conda)}
     assert set(specs) == {"python", "pip"}
     assert str(specs["python"].version) == "3.11.*"

@@ -1,0 +1,135 @@
+"""Write the tables of README.md and docs/, from the code and from results/: `python -m benchmarks.tables`
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a function in `TABLES`.
+"""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+from fastcore.script import anno_parser
+
+from cifar10 import cli
+from cifar10.files import read_csv, write
+from cifar10.options import Options
+from cifar10.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+RUNS = {  # folder in results/ → recipe, and what was typed beside it
+    "cifar10-assignment": ("assignment", ""),
+    "cifar10-layer": ("assignment", " --norm layer"),
+    "cifar10-fast": ("fast", ""),
+    "cifar10-faster": ("faster", ""),
+}
+
+
+def read_json(name: str):
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(header: list[str], rows, right: int = 0) -> str:
+    """A table whose last `right` columns are aligned to the right."""
+    lines = [header, ["---"] * (len(header) - right) + ["---:"] * right, *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def petaflops(recipe) -> float:
+    """PFLOP of a training on CIFAR-10: the convolutions and the FC layer, forward and backward, on whole batches."""
+    epoch = 50_000 // recipe.batch_size * recipe.batch_size * read_json("speed.json")["flops_per_image"] / 1e15
+    return epoch * recipe.epochs * recipe.work_left(0) * (recipe.side(0) / 32) ** 2
+
+
+def results() -> str:
+    """Each committed run on CIFAR-10, and the assignment's notebook."""
+    rows = []
+    for folder, (name, options) in RUNS.items():
+        metrics = [read_json(f"{folder}/metrics.json")]
+        if not options:
+            metrics += [
+                json.loads(file.read_text()) for file in sorted((RESULTS / "seeds").glob(f"{name}-*/metrics.json"))
+            ]
+        rows.append([
+            f"[`--recipe {name}{options}`](results/{folder}/README.md)",
+            metrics[0]["epochs"],
+            *(spread([run[key] for run in metrics]) for key in ("accuracy", "tta_accuracy")),
+            len(metrics),
+            f"{petaflops(RECIPES[name]):.2f}",
+            f"{mean(run['seconds'] for run in metrics) / 60:.0f}",
+        ])  # fmt: skip
+    log = read_csv(RESULTS / "notebook/log.csv")["test_accuracy_percent"]
+    rows.append(["[the assignment's notebook](results/notebook/log.csv)", len(log), f"{log[-1]:.2f}%", "", 1, "", ""])
+    return markdown(["run", "epochs", "test accuracy", "with flip TTA", "runs", "PFLOP", "minutes"], rows, right=6)
+
+
+def spread(values: list[float]) -> str:
+    """Mean in percent, with the standard deviation if there are several values."""
+    return f"{mean(values):.2%}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def recipes() -> str:
+    """What the recipes differ in."""
+    described = {
+        "epochs": lambda r: r.epochs,
+        "peak of the learning rate at epoch": lambda r: f"{r.peak_epoch:g}",
+        "peak learning rate": lambda r: r.lr_max or "found",
+        "learning rate at the end": lambda r: "near zero" if r.annihilate else "that of the start",
+        "training images": lambda r: ", then ".join(f"{side}×{side}" for side, _ in r.sizes),
+        "validation": lambda r: "after each epoch" if r.validate == "each" else "after the last epoch",
+    }
+    rows = [[title, *map(describe, RECIPES.values())] for title, describe in described.items()]
+    return markdown(["", *(f"`{name}`" for name in RECIPES)], rows)
+
+
+def options() -> str:
+    """Every option of train.py with its help text."""
+    rows = []
+    for action in anno_parser(Options)._actions:
+        if action.dest in ("help", "pdb", "xtra"):
+            continue
+        names = ", ".join(f"`{name.replace('-', '_').replace('__', '--', 1)}`" for name in action.option_strings)
+        values = f" ({', '.join(f'`{value}`' for value in action.choices)})" if action.choices else ""
+        rows.append([names, action.help + values])
+    return markdown(["option", "meaning"], rows)
+
+
+def speed() -> str:
+    """The CPU benchmark."""
+    found, overhead = read_json("speed.json"), read_json("overhead.json")
+    rows = [
+        ["training speed against a plain PyTorch loop: fp32, contiguous, torchvision's transforms in two workers",
+         f"{found['times_plain']:.2f}×"],
+        ["training speed against fastai from PNG files, as in its tutorials", f"{found['times_stock_fastai']:.2f}×"],
+        ["operations per second, as a part of torch's rate for matrix products of the same sizes and precision",
+         f"{found['part_of_limit']:.1%}"],
+        ["loading and augmenting a batch, as a part of a training step", f"{found['data_part_of_step']:.1%}"],
+        ["peak memory of a process that trains four steps and validates", f"{found['peak_gib']:.2f} GiB"],
+        ["duration of a training step, against a plain loop with the same model, optimizer and precision",
+         f"{overhead['ratio']:.3f}×"],
+    ]  # fmt: skip
+    return markdown(["two CPU cores, bf16", "measured"], rows, right=1)
+
+
+TABLES = {function.__name__: function for function in (results, recipes, options, speed)}
+
+
+def render(page: str) -> str:
+    """The text of a page with all of its tables made anew."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def main():
+    "Write the tables of README.md and docs/ from the code and from results/."
+    for page in PAGES:
+        write(page, render(page.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    cli.run(main)
