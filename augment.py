@@ -14,8 +14,8 @@ from torchvision.transforms.v2.functional import pad
 class RandomCrop(DisplayedTransform):
     """A `size`×`size` window at a random place of the padded image: `(N, C, H, W)` → `(N, C, size, size)`.
 
-    Every offset from 0 to H + 2·`padding` − `size` is equally likely. `pad_mode` is torchvision's: "reflect" (no
-    invented border that the net could learn to see), "constant" (black), "edge" or "symmetric".
+    Offsets are uniform from 0 to H + 2·`padding` − `size`. `pad_mode` is torchvision's: "reflect" (no artificial
+    border), "constant" (black), "edge" or "symmetric".
     """
 
     split_idx, order = 0, 1

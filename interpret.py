@@ -1,4 +1,4 @@
-"""Make the plots and the report of a finished run again: `python interpret.py RUN`."""
+"""Regenerate the plots and the report of a finished run: `python interpret.py RUN`."""
 
 from cifar10 import cli
 from cifar10.cli import UserError
@@ -12,17 +12,20 @@ from model import ResNet
 
 def main(
     run: str,  # folder of a finished run
+    data: str = "",  # where its images are now (default: where they were in training)
     tta: bool = False,  # also measure the accuracy with horizontal-flip test-time augmentation, into metrics.json
 ):
-    "Make the plots and the report of a finished run again."
+    "Regenerate the plots and the report of a finished run."
     finished = Run.open(run)
     options, recipe = finished.options, finished.recipe
+    if not finished.is_finished:
+        raise UserError(f"{run} is not a finished run; finish it with {finished.resume_command('train.py')}")
     if tta and not recipe.flip:
-        raise UserError(f"{run} was trained without mirrored images, so they are no use in testing; leave out --tta")
+        raise UserError(f"{run} was trained without flips, so flip TTA would not help; leave out --tta")
     model = ResNet(**finished.model_args)
     finished.load_weights(model)
     stats = finished.mean, finished.std
-    dls = get_dls(options.data, bs=recipe.batch_size, valid=options.valid, stats=stats)
+    dls = get_dls(data or options.data, bs=recipe.batch_size, valid=options.valid, stats=stats)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
     learn = get_learner(dls, model, recipe, "fp32" if options.precision == "fp32" else "auto")
     finished.check_data(learn)

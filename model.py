@@ -26,7 +26,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, norm):
         super().__init__()
-        # A bias would be subtracted at once with the normalization's mean.
+        # Without bias: the normalization that follows cancels it.
         self.conv1, self.norm1 = conv3x3(channels, channels, bias=False), norm(channels)
         self.conv2, self.norm2 = conv3x3(channels, channels, bias=False), norm(channels)
 
@@ -55,14 +55,14 @@ class ResNet(nn.Module):
         self.logit_scale = logit_scale
         norm, w = NORMS[norm], width
         self.prep = nn.Sequential(conv3x3(3, w), norm(w), nn.ReLU())
-        self.layer1 = nn.Sequential(*self.halve(w, 2 * w, norm), ResBlock(2 * w, norm))
-        self.layer2 = nn.Sequential(*self.halve(2 * w, 4 * w, norm))
-        self.layer3 = nn.Sequential(*self.halve(4 * w, 8 * w, norm), ResBlock(8 * w, norm))
+        self.layer1 = nn.Sequential(*self.downsample(w, 2 * w, norm), ResBlock(2 * w, norm))
+        self.layer2 = nn.Sequential(*self.downsample(2 * w, 4 * w, norm))
+        self.layer3 = nn.Sequential(*self.downsample(4 * w, 8 * w, norm), ResBlock(8 * w, norm))
         self.pool = nn.AdaptiveMaxPool2d(1)  # on 32×32 images: MaxPool with kernel 4
         self.fc = nn.Linear(8 * w, num_classes)
 
     @staticmethod
-    def halve(ni: int, nf: int, norm) -> list[nn.Module]:
+    def downsample(ni: int, nf: int, norm) -> list[nn.Module]:
         """Conv → MaxPool → norm → ReLU: `(N, ni, H, W)` → `(N, nf, H/2, W/2)`."""
         return [conv3x3(ni, nf), nn.MaxPool2d(2), norm(nf), nn.ReLU()]
 

@@ -25,19 +25,19 @@ from cifar10.images import SIZE, ImageTable
 from cifar10.lr_finder import SWEEP, find_lrs, plot_lr_curve
 from cifar10.options import Options
 from cifar10.plots import save_figure
-from cifar10.recipes import ASSIGNMENT, Recipe
+from cifar10.recipes import RECIPES, Recipe
 from cifar10.report import per_class_accuracy, write_report
 from cifar10.run import Run
 from model import ResNet
 
 
-def get_dls(data="auto", recipe: Recipe | None = None, valid="test", device="auto", **changes) -> DataLoaders:
-    """DataLoaders of `data` with the assignment's three transforms.
-
-    The recipe is the assignment's by default, with `changes` to it: `get_dls("digits", batch_size=32, flip=True)`.
-    """
+def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", **changes) -> DataLoaders:
+    """DataLoaders of `data` with the assignment's three transforms, and with `changes` to the recipe: `flip=False`."""
     images = ImageTable.open(data)
-    recipe = recipe or Options(valid=valid, **changes).resolve(images)
+    if isinstance(recipe, str):
+        recipe = Options(recipe=recipe, valid=valid, **changes).resolve(images)
+    elif changes:
+        recipe = replace(recipe, **changes)
     transforms = [
         RandomCrop(SIZE, padding=recipe.crop_padding, pad_mode=recipe.crop_mode),
         *([FlipLR()] if recipe.flip else []),
@@ -46,8 +46,9 @@ def get_dls(data="auto", recipe: Recipe | None = None, valid="test", device="aut
     return cifar10.data.get_dls(images, transforms, recipe.batch_size, valid, device)
 
 
-def get_learner(dls: DataLoaders, recipe: Recipe = ASSIGNMENT, norm="batch", width=64, precision="auto") -> Learner:
+def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64, precision="auto") -> Learner:
     """A Learner that trains the ResNet on `dls`, as the recipe says."""
+    recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
     return cifar10.learner.get_learner(dls, model, recipe, precision)
 
@@ -82,7 +83,7 @@ def train(learn: Learner, run: Run, started: float):
     """Train in the run's folder, from its last checkpoint if there is one, and report what was learned."""
     recipe, data = run.recipe, run.config["data"]
     print(f"{data['name']}: {data['train']:,} training images, {data['valid']:,} validation images"
-          f" ({run.options.valid}); {run.path}")  # fmt: skip
+          f" ({run.options.valid} split); {run.path}")  # fmt: skip
     checkpoint, done = last_checkpoint(run), 0
     if checkpoint:
         recipe = replace(recipe, lr_min=run.config["lr_min"], lr_max=run.config["lr_max"])

@@ -1,4 +1,4 @@
-"""What each hyperparameter of a recipe is worth on held-out images: `python -m benchmarks.ablation faster`
+"""The effect of single hyperparameters of a recipe on held-out images: `python -m benchmarks.ablation faster`
 
 Each row of its table is the recipe with one thing changed. A model of a quarter of the usual width is trained from
 scratch on nine tenths of the training images and evaluated on the other tenth; the test split is left alone. As many
@@ -80,8 +80,8 @@ def table(name: str, results: dict) -> str:
         f"## `{name}`",
         "",
         f"{results['epochs']} epochs, peak learning rate {results['lr_max']:g} at the end of epoch"
-        f" {results['peak_epoch']:g}, width {results['width']}, mean of {seeds} seed{'s' * (seeds > 1)} per row:"
-        f" `{results['command']}`.",
+        f" {results['peak_epoch']:g}, width {results['width']},"
+        f" {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'} per row: `{results['command']}`.",
         "",
         "| change | hold-out accuracy before | after | difference |",
         "| --- | ---: | ---: | ---: |",
@@ -95,7 +95,10 @@ def table(name: str, results: dict) -> str:
 def tables(results: dict[str, dict]) -> str:
     """The tables of all recipes."""
     return "\n".join(
-        ["# What each hyperparameter is worth\n", *(table(name, results[name]) for name in sorted(results))]
+        [
+            "# Ablation: the effect of single hyperparameters\n",
+            *(table(name, results[name]) for name in sorted(results)),
+        ]
     )
 
 

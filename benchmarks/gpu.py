@@ -2,7 +2,7 @@
 
 First a training step: ours, with loading and augmentation, against a plain PyTorch loop over one batch that is on the
 GPU already, with the same model, precision and batch size; ours over one batch as well, which shows what loading and
-augmentation add; how often the host waits for the GPU. Then whole trainings by each recipe with several seeds. Last,
+augmentation add; how often the host waits for the GPU. Then full training runs by each recipe with several seeds. Last,
 what `torch.compile` changes. No training and no compilation starts that would probably exceed the time limit.
 """
 

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import resize
 from cifar10.cli import UserError
 from cifar10.recipes import Recipe
 
-SYNC_EVERY = 50  # steps on a GPU, which has to finish its work before the host can read a number
+SYNC_EVERY = 50  # steps on a GPU: reading a number makes the host wait until the GPU is done
 
 
 def should_sync(device: torch.device, step: int) -> bool:

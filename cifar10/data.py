@@ -49,7 +49,7 @@ class TensorDL(TfmdDL):
         return torch.tensor(idxs)[torch.randperm(len(idxs), generator=order)].tolist()
 
     def create_batches(self, samps) -> Iterator[tuple]:
-        """Batches of the images numbered `samps`. One epoch of numbers goes to the device at once: a copy waits."""
+        """Batches of the images numbered `samps`. All go to the device at once, because a copy synchronizes."""
         idxs = list(islice(samps, self.n))
         end = len(idxs) // self.bs * self.bs if self.drop_last else len(idxs)
         for batch in torch.tensor(idxs[:end], device=self.device).split(self.bs) if end else ():
@@ -68,8 +68,7 @@ class TensorDL(TfmdDL):
 def get_device(device: str) -> torch.device:
     """`"auto"` is the fastest device here. Raises `UserError` for one that this machine does not have."""
     if device in ("cuda", "mps") and not getattr(torch, device).is_available():
-        kind = {"cuda": "CUDA GPU", "mps": "Apple GPU"}[device]
-        raise UserError(f"there is no {kind} that PyTorch can use here; leave out --device, or set it to cpu")
+        raise UserError(f"device is {device!r}, and PyTorch finds none here; use another device or machine")
     return default_device() if device == "auto" else torch.device(device)
 
 

@@ -73,9 +73,9 @@ class Interpretation(ClassificationInterpretation):
         batch = self.dl.batch(rows)
         return torch.Tensor(self.dl.after_batch(batch)[0]), torch.Tensor(batch[0]).float() / 255
 
-    def caption(self, row: int, kind: str) -> str:
+    def caption(self, row: int, kind: str, separator: str = " ") -> str:
         label = self.targs[row] if kind == "actual" else self.decoded[row]
-        return f"{kind} {self.vocab[label]} {self.preds[row, label]:.0%}"
+        return separator.join([f"{kind}:", self.vocab[label], f"({self.preds[row, label]:.0%})"])
 
 
 class HorizontalFlip(Callback):

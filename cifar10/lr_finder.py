@@ -87,7 +87,7 @@ def plot_lr_curve(curve: LRCurve):
     ax.set_xscale("log")
     ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # a blow-up at the end would flatten all the rest
     ax.set_xlabel("Learning rate")
-    ax.set_ylabel("Cross-entropy with label smoothing")
+    ax.set_ylabel("Cross-entropy loss")
     ax.set_title("LR finder: the learning rate rises at every step")
     ax.grid(alpha=0.3, which="both")
     ax.legend()

@@ -12,8 +12,8 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, chosen to raise small s
 def zeropower_via_newtonschulz(matrix: Tensor, steps: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
     """Orthogonalize a matrix approximately: its singular values come near 1. `(m, n)` → `(m, n)`.
 
-    A few steps of Newton-Schulz iteration, without a decomposition. All steps are polynomials of the same small
-    square, the matrix times its transpose, so they are multiplied there, and the matrix itself is touched only twice.
+    A few steps of Newton-Schulz iteration, without a decomposition. All steps are polynomials in the same small
+    Gram matrix, so they are multiplied there, and the matrix itself is used only twice.
     These two products are computed in `dtype`; rounding to bfloat16 changes the result by less than a hundredth.
     """
     if matrix.shape[0] > matrix.shape[1]:

@@ -14,27 +14,27 @@ YES_NO = {"action": YesNo}
 # fastcore makes the command line of this: the comments are the help texts.
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train the assignment's ResNet with the one-cycle policy; leave a folder of metrics and plots."""
+    """Train the assignment's ResNet with the one-cycle policy; write metrics and plots to a run folder."""
 
-    data: str = "auto"  # auto (CIFAR-10 if it can be had, otherwise the digits), cifar10, digits, or a path
+    data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
     recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # how to train; fast and faster are made for CPUs
-    valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a tenth of train
+    valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on 10% of train
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, in proportion)
     batch_size: int | None = None  # images per step (default: 512; 64 with fewer than 10,000 training images)
-    lr_max: float | None = None  # highest learning rate (default: the recipe's, or found)
-    lr_min: float | None = None  # learning rate at the start and the end (default: found, or lr_max / 100)
-    annihilate: Annotated[bool | None, YES_NO] = None  # end with a learning rate near zero instead of lr_min
+    lr_max: float | None = None  # highest learning rate (default: the recipe's, or from the LR finder)
+    lr_min: float | None = None  # initial learning rate, and the final one (default: found, or lr_max / 100)
+    annihilate: Annotated[bool | None, YES_NO] = None  # end near zero instead of at lr_min (default: the recipe's)
     flip: Annotated[bool | None, YES_NO] = None  # mirror training images at random (default: yes; no on the digits)
-    clip: float | None = None  # limit for each value of the gradient (default: none; the assignment's notebook has 0.1)
-    l1: float | None = None  # factor of an L1 penalty on all parameters (default: 0)
-    norm: Annotated[str, choices("batch", "layer")] = "batch"  # kind of all normalization layers
-    width: Annotated[int, Bounds(1, 4096)] = 64  # channels of the first layer; 8 make a small model for a quick try
-    precision: Annotated[str, choices("auto", "fp32", "bf16", "fp16")] = "auto"  # of convolutions; auto is the fastest
-    device: Annotated[str, choices("auto", "cpu", "cuda", "mps")] = "auto"  # where to compute; auto is the fastest
-    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 42  # the same seed on the same CPU gives the same weights
+    clip: float | None = None  # clip gradients by value (default: no; the assignment's notebook uses 0.1)
+    l1: float | None = None  # weight of an L1 penalty on all parameters (default: 0)
+    norm: Annotated[str, choices("batch", "layer")] = "batch"  # normalization layer
+    width: Annotated[int, Bounds(1, 4096)] = 64  # channels of the first layer; 8 makes a small model for a quick try
+    precision: Annotated[str, choices("auto", "fp32", "bf16", "fp16")] = "auto"  # auto picks the fastest
+    device: Annotated[str, choices("auto", "cpu", "cuda", "mps")] = "auto"  # device to train on
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 42  # random seed; on the same CPU it gives the same weights
     runs_dir: str = "runs"  # folder that holds the runs
-    name: str | None = None  # of the run's folder (default: <date>-<time>-<data>-<recipe>)
+    name: str | None = None  # name of the run folder (default: <date>-<time>-<data>-<recipe>)
     resume: str | None = None  # resume a run that was stopped: its folder, or last
 
     def __post_init__(self):

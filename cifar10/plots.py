@@ -47,7 +47,7 @@ def plot_curves(folder: Path):
             ax.plot(history["epoch"], values, "o-", color=color, markersize=4, label=split)
         ax.grid(alpha=0.3)
         ax.legend()
-    loss.set_ylabel("Cross-entropy with label smoothing")
+    loss.set_ylabel("Cross-entropy loss")
     accuracy.set_ylabel("Accuracy (%)")
     lr.plot(at, batches["lr"], color=LR_COLOR)
     lr.set_ylabel("Learning rate")
@@ -78,7 +78,7 @@ def plot_misclassified(interp: Interpretation):
         ax.axis("on")
         show_image(ax, image, f"{interp.caption(row, 'actual')}\n{interp.caption(row, 'predicted')}")
     which = f"The {len(shown)} worst of {len(wrong):,} misclassified images" if len(wrong) else "No image misclassified"
-    figure.suptitle(f"{which}, of {len(interp.targs):,}")
+    figure.suptitle(f"{which} ({len(interp.targs):,} in all)")
 
 
 def plot_grad_cam(interp: Interpretation):
@@ -108,7 +108,7 @@ def plot_grad_cam(interp: Interpretation):
         for side, kind in enumerate(("predicted", "actual")):
             for level in range(4):
                 ax = figure.add_subplot(grid[band * 5 + level, place * 3 + side])
-                show_image(ax, images[i], interp.caption(row, kind).replace(" ", "\n") if level == 0 else "")
+                show_image(ax, images[i], interp.caption(row, kind, "\n") if level == 0 else "")
                 if level:  # heat is (layers, 2n, H, W)
                     shown = ax.imshow(heat[level - 1, side * len(rows) + i], cmap="jet", alpha=0.5, vmin=0, vmax=1)
                 if place == side == 0:

@@ -1,7 +1,7 @@
-"""Recipes: every hyperparameter of a training, with its reason. A run saves its recipe whole."""
+"""Recipes: every hyperparameter of a training run, with its reason. A run saves its recipe whole."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -89,8 +89,8 @@ class Recipe:
     clip: Annotated[float, AT_LEAST_0] = 0.0  # limit for each value of the gradient; 0 for none
 
     # Loss and head.
-    label_smoothing: Annotated[float, PART] = 0.1  # keeps the logits of images already learned from growing apart
-    l1: Annotated[float, AT_LEAST_0] = 0.0  # factor of an L1 penalty on all parameters
+    label_smoothing: Annotated[float, PART] = 0.1  # limits overconfidence
+    l1: Annotated[float, AT_LEAST_0] = 0.0  # weight of an L1 penalty on all parameters
     # The head sums 512 maxima, so fresh logits are several units apart, and plain SGD diverges from a learning rate of
     # 0.005. At an eighth they start near the uniform distribution, and learning rates of 0.3 and more work.
     logit_scale: Annotated[float, POSITIVE] = 1 / 8
@@ -107,9 +107,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Recipe":
-        """The recipe that `asdict` and JSON made `values` of. Raises `TypeError` for missing or unknown fields."""
-        if missing := {field.name for field in fields(cls)} - set(values):
-            raise TypeError(f"the recipe has no {', '.join(sorted(missing))}")
+        """The recipe that `asdict` and JSON made `values` of. A field that was added since then has its default."""
         return cls(**values | {"sizes": tuple((side, float(until)) for side, until in values["sizes"])})
 
     def adapted(self, train_images: int, **changes) -> "Recipe":

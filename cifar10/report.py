@@ -1,10 +1,11 @@
-"""The report of a run: accuracy per class, the most confused pairs, and all plots."""
+"""The report of a run, with all plots: report.md and PNG files. run.py saves everything else."""
 
 from pathlib import Path
 
 from fastai.vision.all import Learner
 
 from cifar10.files import write
+from cifar10.images import printable
 from cifar10.interpretation import Interpretation
 from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_misclassified, save_figure
 
@@ -12,7 +13,8 @@ from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_miscl
 def per_class_accuracy(interp: Interpretation) -> dict[str, float | None]:
     """Class → the fraction of its images that are classified correctly; `None` for a class without images."""
     matrix = interp.confusion_matrix()
-    return {label: matrix[i, i] / matrix[i].sum() if matrix[i].sum() else None for i, label in enumerate(interp.vocab)}
+    names = map(printable, interp.learn.dls.vocab)
+    return {name: matrix[i, i] / matrix[i].sum() if matrix[i].sum() else None for i, name in enumerate(names)}
 
 
 def markdown_report(interp: Interpretation) -> str:

@@ -25,7 +25,7 @@ from cifar10.files import WriteError, load_tensors, save_tensors, write_csv, wri
 from cifar10.options import Options
 from cifar10.recipes import Recipe
 
-FORMAT = 2  # of config.json, the weights and the checkpoints; to be raised by whatever older code can't read
+FORMAT = 2  # of config.json, the weights and the checkpoints; raise it when older code can't read the new files
 HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
 
@@ -93,9 +93,12 @@ class Run:
 
     def check_options(self, given: dict[str, Any]) -> Options:
         """The options to resume with. Raises `UserError` if one of the `given` ones would change the result."""
+        given = {name: value for name, value in given.items() if value != "auto"}  # which makes no demand
+        typed = {name: value for name, value in vars(self.options).items() if value is not None}
+        known = asdict(self.recipe) | typed | {"name": self.path.name}
         for name, value in given.items():
-            if name not in ("data", "resume", "runs_dir") and value != (before := getattr(self.options, name)):
-                raise UserError(f"cannot change --{name} on resume: this run was started with {name}={before}")
+            if name not in ("data", "resume", "runs_dir") and value != known[name]:
+                raise UserError(f"cannot change --{name} on resume: this run was started with {name}={known[name]}")
         return replace(self.options, data=given.get("data", self.options.data))
 
     def check_data(self, learn: Learner):
@@ -106,10 +109,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the folder for this process, and say how to resume if it is interrupted.
-
-        A killed process releases the lock. Raises `UserError` if another process has it.
-        """
+        """Lock the folder, and say how to resume if this process is interrupted. Raises `UserError` if it is locked."""
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -122,19 +122,18 @@ class Run:
                 part.unlink()
             yield
         except KeyboardInterrupt as stopped:
-            raise type(stopped)(f"; resume with: {self.resume_command}") from None
+            raise type(stopped)(f"; resume with: {self.resume_command()}") from None
         except WriteError as full:
-            raise UserError(f"{full}, then resume with: {self.resume_command}") from None
+            raise UserError(f"{full}, then resume with: {self.resume_command()}") from None
         except OSError as reason:
-            raise UserError(f"{reason}; fix this, then resume with: {self.resume_command}") from reason
+            raise UserError(f"{reason}; fix this, then resume with: {self.resume_command()}") from reason
         finally:
             lock.release()
 
-    @property
-    def resume_command(self) -> str:
+    def resume_command(self, script: str = "") -> str:
         """What to type to resume this run."""
         python = "python" if shutil.which("python") == sys.executable else sys.executable
-        return shlex.join([python, sys.argv[0], "--resume", str(self.path)])
+        return shlex.join([python, script or sys.argv[0], "--resume", str(self.path)])
 
     def update(self, **values):
         """Add or replace entries of config.json."""
@@ -156,7 +155,7 @@ class Run:
     def write_metrics(self, **metrics):
         """Add or replace entries of metrics.json, which a finished run has."""
         file = self.path / "metrics.json"
-        write_json(file, (json.loads(file.read_text()) if self.is_finished else {}) | metrics)
+        write_json(file, (json.loads(file.read_text(encoding="utf-8")) if self.is_finished else {}) | metrics)
 
     def save_weights(self, model: nn.Module):
         """model.safetensors: parameters, buffers, and what it takes to use them without this folder."""
@@ -179,7 +178,7 @@ def make_folder(runs_dir: Path, name: str | None, default: str) -> Path:
     """Make `runs_dir/name`, or a new folder named after date, time and `default`."""
     path = runs_dir / (name or f"{datetime.now():%Y%m%d-%H%M%S}-{default}")
     while name is None and path.is_dir():  # of another run of this second
-        path = path.with_name(path.name + "x")
+        path = path.with_name(path.name + "-2")
     try:
         path.mkdir(parents=True)
     except FileExistsError:

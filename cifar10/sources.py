@@ -68,7 +68,7 @@ def prepare_data(data: str | Path) -> Source:
         raise UserError(f"there is no {data}; --data takes auto, cifar10, digits, or a folder or archive") from None
     except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
         raise UserError(f"{data} can't be read ({reason})") from None
-    raise UserError(f"{path} holds no folder train/<class>/ with images; see --data in the README for the layout")
+    raise UserError(f"{path} holds no folder train/<class>/ with images; the README shows the layout")
 
 
 def cifar10_folder() -> Path:

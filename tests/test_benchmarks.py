@@ -40,7 +40,7 @@ def test_the_speed_benchmark(shapes, tmp_path):
         figures["model_flops_per_second"] / figures["matrix_flops_per_second"]
     )
     assert figures["data_part_of_step"] == pytest.approx(rates["ours"] / figures["data_images_per_second"])
-    assert 0.3 < figures["peak_gib"] < 3 and "aten::convolution_backward" in figures["operators"]
+    assert 0.3 < figures["peak_gib"] < 3 and any("conv" in name for name in figures["operators"])
 
 
 def test_the_operations_of_the_model():

@@ -156,5 +156,5 @@ def test_flips_can_be_switched(shapes, digits):
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there(device):
-    with pytest.raises(UserError, match="that PyTorch can use here"):
+    with pytest.raises(UserError, match="and PyTorch finds none here"):
         cifar10.data.get_device(device)

@@ -64,7 +64,7 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--norm group", "invalid choice: 'group'"),
         ("--precision fp64", "invalid choice: 'fp64'"),
         ("--precision fp16", "precision is 'fp16'; on cpu it must be auto, fp32 or bf16"),
-        ("--device cuda", "there is no CUDA GPU"),
+        ("--device cuda", "device is 'cuda', and PyTorch finds none here"),
         ("--device tpu", "invalid choice: 'tpu'"),
         ("--valid none", "invalid choice: 'none'"),
         ("--recipe quick", "invalid choice: 'quick'"),
@@ -339,6 +339,11 @@ def run(finished, tmp_path):
     return tmp_path / "run"
 
 
+def finish(run: Path):
+    """Make it look finished again."""
+    (run / "metrics.json").write_text("{}")
+
+
 def change_config(run: Path, change):
     config = json.loads((run / "config.json").read_text())
     change(config)
@@ -353,7 +358,7 @@ def change_config(run: Path, change):
         (lambda config: config["options"].update(unknown=1), "unexpected keyword argument 'unknown'"),
         (lambda config: config["recipe"].update(epochs=-3), "epochs is -3; it must be at least 1"),
         (lambda config: config["recipe"].update(annihilate="no"), "annihilate is 'no'"),
-        (lambda config: config["recipe"].pop("momentum"), "the recipe has no momentum"),
+        (lambda config: config["recipe"].pop("name"), "missing 1 required keyword-only argument: 'name'"),
         (lambda config: config.pop("options"), "KeyError: 'options'"),
         (lambda config: config.update(format=1), "run has format 1, not 2"),
         (lambda config: config["options"].update(data="gone"), "there is no gone"),
@@ -363,6 +368,8 @@ def change_config(run: Path, change):
 @pytest.mark.parametrize("script", ["train.py", "interpret.py"])
 def test_configs(run, script, change, says):
     change_config(run, change)
+    if script == "interpret.py":
+        finish(run)
     refused(*(["--resume"] if script == "train.py" else []), "run", cwd=run.parent, script=script, says=says)
 
 
@@ -378,9 +385,26 @@ def test_options_of_a_run_stay(run):
     refused("--resume", "run", "--epochs", 3, cwd=cwd, says=start.format("epochs", "epochs=1"))
     refused("--resume", "run", "--nor", "layer", cwd=cwd, says=start.format("norm", "norm=batch"))
     refused("--resume", "run", "--seed=7", cwd=cwd, says=start.format("seed", "seed=42"))
-    refused("--resume", "run", "--no-flip", cwd=cwd, says=start.format("flip", "flip=None"))
-    refused("--resume", "run", "--name", "other", cwd=cwd, says=start.format("name", "name=None"))
-    assert command("train.py", "--resume", "run", "--norm", "batch", cwd=cwd).returncode == 0
+    refused("--resume", "run", "--no-flip", cwd=cwd, says=start.format("flip", "flip=True"))
+    refused("--resume", "run", "--name", "other", cwd=cwd, says=start.format("name", "name=run"))
+    same = (
+        "--norm",
+        "batch",
+        "--epochs",
+        1,
+        "--batch_size",
+        8,
+        "--flip",
+        "--data",
+        "auto",
+        "--device",
+        "auto",
+        "--precision",
+        "auto",
+        "--device",
+        "cpu",
+    )
+    assert command("train.py", "--resume", "run", *same, cwd=cwd).returncode == 0
 
 
 def test_images_that_have_moved(run):
@@ -390,11 +414,16 @@ def test_images_that_have_moved(run):
     change_config(run, lambda config: config["options"].update(data="gone"))
     assert command("train.py", "--resume", "run", "--data", moved, cwd=run.parent).returncode == 0
     assert command("interpret.py", "run", cwd=run.parent).returncode == 0  # it knows the new place
+    moved = moved.rename(run.parent / "moved again")
+    refused("run", cwd=run.parent, script="interpret.py", says="there is no ")
+    assert command("interpret.py", "run", "--data", moved, cwd=run.parent).returncode == 0
 
 
 def test_histories(run):
     (run / "history.csv").unlink()
+    finish(run)
     refused("run", cwd=run.parent, script="interpret.py", says="history.csv can't be read as a table of numbers")
+    (run / "metrics.json").unlink()
     assert command("train.py", "--resume", "run", cwd=run.parent).returncode == 0  # the checkpoint has them as well
     assert command("interpret.py", "run", cwd=run.parent).returncode == 0
     (run / "batches.csv").write_bytes(b"\xff,\n\n")
@@ -419,6 +448,8 @@ class Trap:
 
 def test_weights(run):
     weights, cwd = run / "model.safetensors", run.parent
+    refused("run", cwd=cwd, script="interpret.py", says="run is not a finished run; finish it with ")
+    finish(run)
     save_tensors(weights, ResNet(num_classes=2, width=8).state_dict())
     refused("run", cwd=cwd, script="interpret.py", says="does not fit the model")
     weights.write_bytes(weights.read_bytes()[:-1])

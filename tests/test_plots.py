@@ -46,7 +46,7 @@ def test_misclassified_plot(interp):
     plot_misclassified(interp)
     titles = [ax.get_title() for ax in plt.gcf().axes if ax.axison]
     first = interp.misclassified()[0]
-    assert f"actual {interp.vocab[interp.targs[first]]}" in titles[0] and "predicted" in titles[0] and "%" in titles[0]
+    assert f"actual: {interp.vocab[interp.targs[first]]}" in titles[0] and "predicted" in titles[0] and "%" in titles[0]
     check_figure(min(20, len(interp.misclassified())))
 
 
@@ -70,7 +70,7 @@ def test_curves_plot():
     plot_curves(ROOT / "results/cifar10-assignment")
     loss, accuracy, rate = plt.gcf().axes
     assert [ax.get_ylabel() for ax in (loss, accuracy, rate)] == [
-        "Cross-entropy with label smoothing", "Accuracy (%)", "Learning rate",
+        "Cross-entropy loss", "Accuracy (%)", "Learning rate",
     ]  # fmt: skip
     assert rate.get_xlabel() == "Epoch" and rate.get_xlim()[1] < 27  # epochs, not batches
     check_figure()

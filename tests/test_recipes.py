@@ -28,9 +28,8 @@ def test_every_recipe_ends_with_full_size_images(recipe):
 def test_a_recipe_survives_json(recipe):
     values = json.loads(json.dumps(asdict(recipe)))
     assert Recipe.from_json(values) == recipe
-    for name in values:
-        with pytest.raises(TypeError, match=name):
-            Recipe.from_json({key: value for key, value in values.items() if key != name})
+    del values["clip"]  # a field that an older version did not have
+    assert Recipe.from_json(values) == recipe
     with pytest.raises(TypeError):
         Recipe.from_json(values | {"unknown": 1})
 

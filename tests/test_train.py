@@ -84,6 +84,10 @@ def test_interpret_makes_the_plots_again(run):
     for name in plots:
         (folder / name).unlink()
     metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").rename(folder / "later.json")
+    done = command("interpret.py", folder, "--tta", cwd=folder)
+    assert done.returncode == 2 and "is not a finished run; finish it with" in done.stderr
+    (folder / "later.json").rename(folder / "metrics.json")
     done = command("interpret.py", folder, "--tta", cwd=folder)
     assert done.returncode == 0, done.stderr
     after = json.loads((folder / "metrics.json").read_text())
