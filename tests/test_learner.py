@@ -117,6 +117,19 @@ def test_channels_last(dls):
     assert small(dls).model.layer1[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_on_an_apple_gpu(dls, monkeypatch):
+    """In fp32 and in PyTorch's usual memory layout, with the CPU in the GPU's place."""
+    device = torch.device("mps")
+    monkeypatch.setattr(type(dls), "device", property(lambda dls: device))
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, *args, **kwargs: moved.append((args, kwargs)) or model)
+    learn = small(dls, precision="auto")
+    assert moved == [((device,), {})] and learn.precision == "fp32"
+    assert not learn.model.layer1[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(UserError, match="on mps it must be auto, fp32"):
+        resolve_precision("bf16", device)
+
+
 def test_muon_learns(dls):
     learn = get_learner(dls, RECIPES["fast"], width=8, precision="fp32")
     learn.fit_one_cycle(12, 0.3)
