@@ -1,11 +1,7 @@
 """Train the hand-written ResNet and show what it learned: `python train.py --help` lists the options.
 
-DataLoaders with three transforms → ResNet → Learner → LR finder → one cycle → run folder with plots. In a REPL:
-
-    from train import *
-    learn = get_learner(get_dls())
-    learn.lr_find()
-    learn.fit_one_cycle(24, 0.2, pct_start=5/24)
+DataLoaders with three transforms → ResNet → Learner → LR finder → one cycle → run folder with plots. In a REPL,
+`from train import *` gives `learn = get_learner(get_dls())`, and then `learn.lr_find()` and all the rest of fastai.
 """
 
 import time
@@ -27,7 +23,7 @@ from cifar10.options import Options
 from cifar10.plots import save_figure
 from cifar10.recipes import RECIPES, Recipe
 from cifar10.report import per_class_accuracy, write_report
-from cifar10.run import Run
+from cifar10.run import Run, home_relative
 from model import ResNet
 
 
@@ -35,9 +31,8 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
     """DataLoaders of `data` with the assignment's three transforms, and with `changes` to the recipe: `flip=False`."""
     images = ImageTable.open(data)
     if isinstance(recipe, str):
-        recipe = Options(recipe=recipe, valid=valid, **changes).resolve(images)
-    elif changes:
-        recipe = replace(recipe, **changes)
+        recipe = Options(recipe=recipe, valid=valid).resolve(images)
+    recipe = replace(recipe, **changes)
     transforms = [
         RandomCrop(SIZE, padding=recipe.crop_padding, pad_mode=recipe.crop_mode),
         *([FlipLR()] if recipe.flip else []),
@@ -132,12 +127,14 @@ def main(**given):
     learn = get_learner(dls, recipe, options.norm, options.width, options.precision)
     if run:
         run.check_data(learn)
-        run.config["options"]["data"] = options.data  # where the images are now
     else:
         run = Run.create(options, recipe, learn)
     with run.lock():
-        run.update()
-        train(learn, run, started)
+        run = Run.open(run.path)  # again, because another process may have trained it in the meantime
+        if not run.is_finished:
+            run.config["options"]["data"] = home_relative(images.data)  # where they are now
+            run.update()
+            train(learn, run, started)
 
 
 if __name__ == "__main__":

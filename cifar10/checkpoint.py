@@ -106,8 +106,9 @@ class SaveCheckpoint(Callback):
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What has to be the same in all checkpoints of a training."""
-    return {name: run.config.get(name) for name in ("format", "recipe", "model", "lr_min", "lr_max")}
+    """What has to be the same in all checkpoints of a run: all but where the images are."""
+    same = {name: run.config.get(name) for name in ("format", "recipe", "model", "data", "lr_min", "lr_max")}
+    return same | {"options": {name: value for name, value in run.config["options"].items() if name != "data"}}
 
 
 def list_checkpoints(run: Run) -> list[Path]:

@@ -75,7 +75,7 @@ def parse(schema: Callable, words: list[str]) -> dict:
     untyped = object()
     names = [action.dest for action in parser._actions if action.default is not SUPPRESS]
     given = vars(parser.parse_args(words, Namespace(**dict.fromkeys(names, untyped))))
-    return {name: value for name, value in given.items() if value is not untyped}
+    return {name: value for name, value in given.items() if value is not untyped and name not in ("pdb", "xtra")}
 
 
 def run(main: Callable, schema: Callable | None = None):
@@ -83,7 +83,7 @@ def run(main: Callable, schema: Callable | None = None):
     if isinstance(sys.stdout, TextIOWrapper):  # a notebook has another one
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, Terminated.handle)
-    if not sys.stdout.isatty():  # no moving bars in a log file
+    if not (sys.stdout and sys.stdout.isatty()):  # no moving bars in a log file
         fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
     given = parse(schema or main, sys.argv[1:])
     debug = given.pop("debug", False)

@@ -84,10 +84,8 @@ def plot_lr_curve(curve: LRCurve):
     for (name, lr), marker in zip(curve.suggestions.items(), "ov^"):
         height = np.interp(np.log(lr), np.log(curve.lrs), curve.losses)
         ax.plot(lr, height, marker, color="tab:orange", markersize=9, label=f"fastai's {name}: {lr:.2g}")
-    ax.set_xscale("log")
+    ax.set(xscale="log", xlabel="Learning rate", ylabel="Cross-entropy loss")
     ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # a blow-up at the end would flatten all the rest
-    ax.set_xlabel("Learning rate")
-    ax.set_ylabel("Cross-entropy loss")
     ax.set_title("LR finder: the learning rate rises at every step")
     ax.grid(alpha=0.3, which="both")
     ax.legend()

@@ -28,8 +28,7 @@ def save_figure(path: Path):
 def show_image(ax, image: Tensor, title: str = ""):
     ax.imshow(image.permute(1, 2, 0))
     ax.set_title(title, fontsize=9)
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
 
 
 def plot_curves(folder: Path):
@@ -50,8 +49,7 @@ def plot_curves(folder: Path):
     loss.set_ylabel("Cross-entropy loss")
     accuracy.set_ylabel("Accuracy (%)")
     lr.plot(at, batches["lr"], color=LR_COLOR)
-    lr.set_ylabel("Learning rate")
-    lr.set_xlabel("Epoch")
+    lr.set(xlabel="Epoch", ylabel="Learning rate")
     lr.grid(alpha=0.3)
     lr.set_ylim(bottom=0)
     lr.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -95,11 +93,9 @@ def plot_grad_cam(interp: Interpretation):
     classes = torch.cat([interp.decoded[rows], interp.targs[rows]]).to(inputs.device)
     heat = torch.stack(grad_cam(interp.learn.model, torch.cat([inputs, inputs]), classes, layers)).cpu()
     images = images.cpu()
-    gap = 0.15
     grid = figure.add_gridspec(
-        bands * 5 - 1,
-        per_band * 3 - 1,
-        width_ratios=([1, 1, gap] * per_band)[:-1],
+        bands * 5 - 1, per_band * 3 - 1,
+        width_ratios=([1, 1, 0.15] * per_band)[:-1],
         height_ratios=([1] * 4 + [0.6]) * (bands - 1) + [1] * 4,
         left=0.06, right=0.93, top=1 - 0.95 / (6.4 * bands), bottom=0.02, wspace=0.05, hspace=0.05,
     )  # fmt: skip

@@ -66,7 +66,9 @@ class Recipe:
     epochs: Annotated[int, Bounds(1, 99_999)] = 24
     peak_epoch: Annotated[float, POSITIVE] = 5  # when the learning rate is highest
     lr_max: Annotated[float | None, POSITIVE] = None  # None: found by the LR finder, and lr_min with it
-    lr_min: Annotated[float | None, POSITIVE] = None  # None: found, or a hundredth of a given lr_max
+    lr_min: Annotated[float | None, Bounds(0, 1, exclusive=True)] = (
+        None  # None: found, or a hundredth of a given lr_max
+    )
     annihilate: bool = False  # end near zero instead of at lr_min
     validate: Annotated[str, choices("each", "last")] = "each"  # after each epoch, or after the last one only
 
@@ -108,7 +110,7 @@ class Recipe:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Recipe":
         """The recipe that `asdict` and JSON made `values` of. A field that was added since then has its default."""
-        return cls(**values | {"sizes": tuple((side, float(until)) for side, until in values["sizes"])})
+        return cls(**values | {"sizes": tuple((int(side), float(until)) for side, until in values["sizes"])})
 
     def adapted(self, train_images: int, **changes) -> "Recipe":
         """The recipe for a data set, with `changes`: the peak stays in proportion, and small data get small batches."""

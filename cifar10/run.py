@@ -1,5 +1,6 @@
 """A run: a folder with its config, history, metrics, plots, weights and checkpoints, used by one process at a time."""
 
+import errno
 import json
 import platform
 import shlex
@@ -52,15 +53,14 @@ class Run:
     def create(cls, options: Options, recipe: Recipe, learn: Learner) -> "Run":
         """Make a run's folder and its config.json. Raises `UserError` if the name is taken or it can't be written."""
         dls, images = learn.dls, learn.dls.train.table
-        home, device = str(Path.home() / "_")[:-1], dls.device.type
-        where = f"~/{images.data.removeprefix(home)}" if images.data.startswith(home) else images.data
         normalize = next(tfm for tfm in dls.after_batch.fs if isinstance(tfm, Normalize))
         mean, std = (values.flatten().tolist() for values in (normalize.mean, normalize.std))
         data = dict(
             name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab),
             size=images.pixels.shape[-1], mean=mean, std=std, sha256=images.hash,
         )  # fmt: skip
-        options = replace(options, data=where, device=device, precision=learn.precision)
+        where = home_relative(images.data)
+        options = replace(options, data=where, device=dls.device.type, precision=learn.precision)
         about = dict(options=asdict(options), recipe=asdict(recipe), model=get_model(learn.model).args, data=data)
         config = dict(format=FORMAT, **about, **collect_env())
         run = cls(make_folder(Path(options.runs_dir), options.name, f"{images.name[:50]}-{recipe.name}"), config)
@@ -110,13 +110,14 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Lock the folder, and say how to resume if this process is interrupted. Raises `UserError` if it is locked."""
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / ".lock", mode=0o666)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{self.path} is locked by another process; wait until it ends, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as reason:
+            if reason.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
         try:
             for part in self.path.rglob(".*.part"):  # of a process that was killed while it was writing
                 part.unlink()
@@ -186,6 +187,12 @@ def make_folder(runs_dir: Path, name: str | None, default: str) -> Path:
     except OSError as reason:
         raise UserError(f"{path} can't be made ({reason.strerror}); choose another --runs_dir") from None
     return path
+
+
+def home_relative(path: str) -> str:
+    """A path below the home folder with `~` for it, so that a config can be shown to others."""
+    home = str(Path.home() / "_")[:-1]
+    return f"~/{path.removeprefix(home)}" if path.startswith(home) else path
 
 
 def collect_env() -> dict[str, Any]:

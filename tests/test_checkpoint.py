@@ -92,9 +92,29 @@ def test_damaged_checkpoints(run, learn, capsys, damage):
         last_checkpoint(run)
 
 
-def test_a_checkpoint_of_other_settings_is_refused(run, learn):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(lr_min=0.1),
+        lambda config: config.update(lr_max=0.3),
+        lambda config: config["recipe"].update(momentum=0.8),
+        lambda config: config["model"].update(norm="layer"),
+        lambda config: config["options"].update(valid="holdout"),
+        lambda config: config["options"].update(precision="bf16"),
+        lambda config: config["options"].update(seed=1),
+        lambda config: config["options"].pop("width"),
+        lambda config: config["data"].update(mean=[0.5] * 3),
+        lambda config: config["data"].update(classes=["ring", "cross"]),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(run, learn, change):
+    """Whatever is edited in config.json, but for the place of the images: nothing else is trained silently."""
     learn.fit_one_cycle(1, 0.01, cbs=SaveCheckpoint(run, time.time()))
-    run.update(lr_max=0.3)
+    run.config["options"]["data"] = "elsewhere"
+    run.update()
+    assert last_checkpoint(Run.open(run.path))
+    change(run.config)
+    run.update()
     with pytest.raises(UserError, match="does not belong to this run"):
         last_checkpoint(Run.open(run.path))
 

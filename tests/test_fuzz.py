@@ -59,10 +59,10 @@ def edited(content: bytes, edits) -> bytes:
 
 
 def fuzz(examples: int):
-    """Try so many inputs, the same in each run; one that takes more than ten seconds counts as a hang."""
+    """Try so many inputs, the same in each run; one that takes more than a minute counts as a hang."""
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(
-        max_examples=examples, deadline=10_000, derandomize=True, database=None, suppress_health_check=quiet
+        max_examples=examples, deadline=60_000, derandomize=True, database=None, suppress_health_check=quiet
     )
 
 

@@ -90,3 +90,18 @@ def test_other_sizes_and_modes_become_32_pixels_rgb(folder):
     for name, color in (("0", [10, 20, 30]), ("1", [40, 40, 40]), ("2", [50, 60, 70])):
         row = table.row[folder / f"train/cross/{name}.png"]
         assert (table.pixels[row] == torch.tensor(color).view(3, 1, 1)).all()
+
+
+def test_an_image_in_another_class_is_another_data_set(folder):
+    first = ImageTable(folder).hash
+    (folder / "train/ring/0.png").rename(folder / "train/cross/r0.png")
+    (folder / "train/cross/1.png").rename(folder / "train/ring/1b.png")
+    assert ImageTable(folder).hash != first
+
+
+def test_the_rows_of_the_splits(folder):
+    table = ImageTable(folder)
+    train, valid = table.split_rows("test")
+    assert {table.split[row] for row in train} == {"train"} and {table.split[row] for row in valid} == {"test"}
+    with pytest.raises(UserError, match="must be one of test, holdout"):
+        table.split_rows("tset")

@@ -1,6 +1,7 @@
 """The Learner: schedule, reproducibility, precision, and what fastai users expect of it."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from conftest import ROOT, make_images, small
 from fastai.vision.all import Callback, load_learner, set_seed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from augment import Cutout, RandomCrop
 from cifar10 import callbacks
 from cifar10.callbacks import StopAtNaN
 from cifar10.cli import UserError
 from cifar10.files import read_csv
 from cifar10.learner import resolve_precision
 from cifar10.optim import Muon
-from cifar10.recipes import RECIPES
+from cifar10.recipes import ASSIGNMENT, RECIPES
 from train import get_dls, get_learner
 
 CPU = torch.device("cpu")
@@ -166,3 +168,49 @@ class Steps(Callback):
 
     def after_batch(self):
         self.function()
+
+
+# ---- Every hyperparameter arrives
+
+
+def test_the_recipe_reaches_the_learner(dls):
+    recipe = replace(ASSIGNMENT, momentum=0.7, ns_steps=2, label_smoothing=0.3, weight_decay=0.02, muon_lr_scale=0.4)
+    learn = get_learner(dls, replace(recipe, logit_scale=0.5), width=2, precision="fp32")
+    learn.create_opt()
+    optimizer = learn.opt.opt
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.7} and set(learn.moms) == {0.7}
+    assert optimizer.ns_steps == 2 and optimizer.param_groups[0]["lr_scale"] == 0.4
+    assert optimizer.param_groups[1]["weight_decay"] == 0.02
+    assert learn.loss_func.func.label_smoothing == 0.3 and learn.model.logit_scale == 0.5
+    learn = get_learner(dls, replace(recipe, optimizer="sgd"), width=2, precision="fp32")
+    learn.create_opt()
+    assert not any(group["use_muon"] for group in learn.opt.opt.param_groups)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_optimizer_multiplies_in_the_precision_of_the_learner(dls, precision):
+    learn = small(dls, precision=precision)
+    learn.create_opt()
+    assert learn.opt.opt.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def test_the_recipe_reaches_the_transforms(shapes):
+    dls = get_dls(shapes, crop_padding=2, crop_mode="edge", cutout=6, flip=False, batch_size=8)
+    crop, cutout = (next(t for t in dls.train.after_batch.fs if isinstance(t, kind)) for kind in (RandomCrop, Cutout))
+    assert (crop.padding, crop.pad_mode, cutout.height, cutout.width, dls.bs) == (2, "edge", 6, 6, 8)
+    dls = get_dls(shapes, replace(ASSIGNMENT, cutout=4), batch_size=8)
+    assert dls.bs == 8 and next(t for t in dls.train.after_batch.fs if isinstance(t, Cutout)).height == 4
+    assert get_dls("digits", "faster").bs == 64
+
+
+def test_frozen_parameters_stay(dls):
+    learn = small(dls)
+    learn.create_opt()
+    learn.freeze_to(1)
+    before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
+    learn.fit_one_cycle(1, 0.1)
+    changed = {name for name, p in learn.model.named_parameters() if not torch.equal(p, before[name])}
+    assert "fc.weight" in changed and not any(before[name].ndim == 4 for name in changed)
+    learn.unfreeze()
+    learn.fit_one_cycle(1, 0.1)
+    assert not torch.equal(learn.model.prep[0].weight, before["prep.0.weight"])

@@ -1,5 +1,7 @@
 """The LR finder: its rule on recorded and constructed curves, and what it leaves behind."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,19 @@ def test_find_lrs_writes_nothing_and_leaves_a_fresh_optimizer(dls, tmp_path):
     learn = small(dls, path=tmp_path)
     find_lrs(learn)
     assert list(tmp_path.iterdir()) == [] and not learn.opt.state_dict()["state"]
+
+
+def test_find_lrs_restores_everything(dls):
+    """After training: weights, running statistics, momentum and learning rates."""
+    learn = small(dls)
+    learn.fit_one_cycle(1, 0.01)
+    before = copy.deepcopy([learn.model.state_dict(), learn.opt.state_dict(), learn.opt.hypers])
+    find_lrs(learn)
+    after = [learn.model.state_dict(), learn.opt.state_dict(), learn.opt.hypers]
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+    for index, state in before[1]["state"].items():
+        assert torch.equal(state["momentum_buffer"], after[1]["state"][index]["momentum_buffer"])
+    assert before[2] == after[2] and not hasattr(learn, "lr_finder")
 
 
 def test_lr_find_after_training(dls, tmp_path):

@@ -412,7 +412,9 @@ def test_images_that_have_moved(run):
     images = Path(config["options"]["data"]).expanduser()
     moved = shutil.copytree(images, run.parent / "moved")
     change_config(run, lambda config: config["options"].update(data="gone"))
-    assert command("train.py", "--resume", "run", "--data", moved, cwd=run.parent).returncode == 0
+    assert command("train.py", "--resume", "run", "--data", "moved", cwd=run.parent).returncode == 0
+    saved = json.loads((run / "config.json").read_text())["options"]["data"]
+    assert Path(saved).expanduser() == moved
     assert command("interpret.py", "run", cwd=run.parent).returncode == 0  # it knows the new place
     moved = moved.rename(run.parent / "moved again")
     refused("run", cwd=run.parent, script="interpret.py", says="there is no ")

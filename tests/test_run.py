@@ -1,5 +1,6 @@
 """A run's folder: created, opened, locked, and self-sufficient."""
 
+import errno
 import json
 import re
 from dataclasses import asdict, replace
@@ -117,12 +118,16 @@ def test_one_process_at_a_time(tmp_path, learn):
 def test_a_file_system_without_locks(tmp_path, learn, monkeypatch):
     run = create(learn, tmp_path, "run")
 
-    def unsupported(*args, **kwargs):
-        raise OSError("no locks available")
+    def fail(*args, **kwargs):
+        raise error
 
-    monkeypatch.setattr(run_module.FileLock, "acquire", unsupported)
+    monkeypatch.setattr(run_module.FileLock, "acquire", fail)
+    error = OSError(errno.ENOLCK, "No locks available")
     with run.lock():
         pass
+    error = PermissionError(errno.EACCES, "Permission denied")  # the lock of another user
+    with pytest.raises(PermissionError), run.lock():
+        pytest.fail("locked")
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, Terminated])

@@ -13,7 +13,9 @@ from commandline import ROOT, command
 from PIL import Image
 from safetensors.torch import load_file
 
+import train
 from cifar10.files import read_csv
+from cifar10.run import Run
 
 FILES = {
     "config.json", "summary.txt", "history.csv", "batches.csv", "lr_find.png", "lr_find.csv", "model.safetensors",
@@ -95,13 +97,17 @@ def test_interpret_makes_the_plots_again(run):
     assert {name: (folder / name).read_bytes() for name in plots} == before
 
 
-def test_the_same_command_gives_the_same_weights(shapes, tmp_path):
+def test_the_same_command_gives_the_same_weights_and_another_does_not(shapes, tmp_path):
     arguments = ("--data", shapes, "--epochs", 2, "--peak_epoch", 1, "--batch_size", 24, "--lr_max", 0.01, "--width", 8)
-    for name in ("a", "b"):
-        done = command("train.py", *arguments, "--runs_dir", "here", "--name", name, cwd=tmp_path)
+    others = {"seed": ("--seed", 7), "norm": ("--norm", "layer"), "valid": ("--valid", "holdout")}
+    for name, more in ({"a": (), "b": ()} | others).items():
+        done = command("train.py", *arguments, *more, "--runs_dir", "here", "--name", name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    a, b = (load_file(tmp_path / "here" / name / "model.safetensors") for name in ("a", "b"))
+    a, b, *rest = (load_file(tmp_path / "here" / name / "model.safetensors") for name in ("a", "b", *others))
     assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not any(torch.equal(a["fc.weight"], other["fc.weight"]) for other in rest)
+    assert "GroupNorm" in (tmp_path / "here/norm/summary.txt").read_text()
+    assert json.loads((tmp_path / "here/valid/config.json").read_text())["data"]["valid"] == 5  # of 48
     assert not (tmp_path / "here/a/lr_find.csv").exists()  # a given rate needs no finder
 
 
@@ -118,6 +124,7 @@ def test_help_explains_each_option_with_its_default(tmp_path):
 @pytest.mark.parametrize(("number", "by", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
 def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, number, by, status):
     options = {"--data": shapes, "--lr_max": 0.01, "--epochs": 40, "--width": 4, "--batch_size": 24, "--name": "long"}
+    command("train.py", "--help", cwd=tmp_path)  # so that the second one below starts at once
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *(str(word) for option in options.items() for word in option)],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -150,7 +157,7 @@ def test_the_fast_recipe_and_how_it_resumes(shapes, tmp_path):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
     assert json.loads((whole / "config.json").read_text())["recipe"]["annihilate"] is True
     batches, history = read_csv(whole / "batches.csv"), read_csv(whole / "history.csv")
-    assert 0.19 < max(batches["lr"]) <= 0.2 and batches["lr"][-1] < 0.01
+    assert 0.19 < max(batches["lr"]) <= 0.2 and batches["lr"][-1] < 0.002  # where it started
     assert len([loss for loss in history["valid_loss"] if loss > 0]) == 1
 
 
@@ -204,3 +211,23 @@ train.main(resume="runs/stopped")
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "batches.csv", "report.md"):
         assert (tmp_path / "runs/whole" / name).read_bytes() == (tmp_path / "runs/stopped" / name).read_bytes()
+
+
+def test_a_run_that_another_process_has_finished_meanwhile(shapes, tmp_path, monkeypatch):
+    """Between the start of a resume and its lock: nothing is trained, and the other's config.json stays."""
+    quick = dict(data=str(shapes), epochs=1, width=4, lr_max=0.01, batch_size=24, runs_dir=str(tmp_path), name="run")
+    train.main(**quick)
+    run = Run.open(tmp_path / "run")
+    metrics = (run.path / "metrics.json").read_bytes()
+    (run.path / "metrics.json").unlink()
+
+    def finish(*args):
+        run.update(changed=True)
+        (run.path / "metrics.json").write_bytes(metrics)
+        return get_learner(*args)
+
+    get_learner = train.get_learner
+    monkeypatch.setattr(train, "get_learner", finish)
+    monkeypatch.setattr(train, "train", lambda *args: pytest.fail("trained again"))
+    train.main(resume=str(run.path))
+    assert Run.open(run.path).config["changed"] is True
