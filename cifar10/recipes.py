@@ -66,9 +66,7 @@ class Recipe:
     epochs: Annotated[int, Bounds(1, 99_999)] = 24
     peak_epoch: Annotated[float, POSITIVE] = 5  # when the learning rate is highest
     lr_max: Annotated[float | None, POSITIVE] = None  # None: found by the LR finder, and lr_min with it
-    lr_min: Annotated[float | None, Bounds(0, 1, exclusive=True)] = (
-        None  # None: found, or a hundredth of a given lr_max
-    )
+    lr_min: Annotated[float | None, POSITIVE] = None  # None: found, or a hundredth of a given lr_max
     annihilate: bool = False  # end near zero instead of at lr_min
     validate: Annotated[str, choices("each", "last")] = "each"  # after each epoch, or after the last one only
 
