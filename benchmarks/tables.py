@@ -91,7 +91,7 @@ def options() -> str:
             continue
         names = ", ".join(f"`{name.replace('-', '_').replace('__', '--', 1)}`" for name in action.option_strings)
         values = f" ({', '.join(f'`{value}`' for value in action.choices)})" if action.choices else ""
-        rows.append([names, action.help + values])
+        rows.append([names, action.help.replace("<", "&lt;") + values])
     return markdown(["option", "meaning"], rows)
 
 
