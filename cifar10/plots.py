@@ -75,8 +75,8 @@ def plot_misclassified(interp: Interpretation):
     for ax, row, image in zip(axes.flat, shown, interp.images(shown)[1].cpu() if len(shown) else ()):
         ax.axis("on")
         show_image(ax, image, f"{interp.caption(row, 'actual')}\n{interp.caption(row, 'predicted')}")
-    which = f"The {len(shown)} worst of {len(wrong):,} misclassified images" if len(wrong) else "No image misclassified"
-    figure.suptitle(f"{which} ({len(interp.targs):,} in all)")
+    part = f"The {len(shown)} worst of {len(wrong):,}" if len(wrong) > len(shown) else f"All {len(wrong)}"
+    figure.suptitle(f"{part if len(wrong) else 'No'} misclassified images (out of {len(interp.targs):,})")
 
 
 def plot_grad_cam(interp: Interpretation):
@@ -86,7 +86,7 @@ def plot_grad_cam(interp: Interpretation):
     bands = max(1, -(-len(rows) // per_band))
     figure = plt.figure(figsize=(14, 6.4 * bands))
     if not len(rows):
-        figure.suptitle("No image misclassified")
+        figure.suptitle("No misclassified images")
         return
     inputs, images = interp.images(rows)
     layers = [getattr(interp.learn.model, name) for name in GRADCAM_LAYERS]

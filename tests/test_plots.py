@@ -62,7 +62,7 @@ def test_plots_of_a_perfect_model(interp):
     perfect.targs = interp.decoded
     for plot in (plot_misclassified, plot_grad_cam):
         plot(perfect)
-        assert "No image misclassified" in plt.gcf()._suptitle.get_text()
+        assert "No misclassified images" in plt.gcf()._suptitle.get_text()
         plt.close()
 
 
