@@ -12,7 +12,7 @@ from model import ResNet
 
 def main(
     run: str,  # folder of a finished run
-    data: str = "",  # where its images are now (default: where they were in training)
+    data: str | None = None,  # where its images are now (default: where they were in training)
     tta: bool = False,  # also measure the accuracy with horizontal-flip test-time augmentation, into metrics.json
 ):
     "Regenerate the plots and the report of a finished run."
