@@ -119,7 +119,7 @@ def list_checkpoints(run: Run) -> list[Path]:
 def last_checkpoint(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest intact checkpoint; `None` if the run has none yet. A damaged one is reported and skipped.
 
-    Raises `UserError` if all are damaged, and for a checkpoint of another training.
+    Raises `UserError` if all are damaged, and for a checkpoint of another run.
     """
     files = list_checkpoints(run)
     for file in files:
