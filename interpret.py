@@ -3,6 +3,7 @@
 from cifar10 import cli
 from cifar10.cli import UserError
 from cifar10.data import get_dls
+from cifar10.images import ImageTable
 from cifar10.interpretation import tta_accuracy
 from cifar10.learner import get_learner
 from cifar10.report import write_report
@@ -25,7 +26,8 @@ def main(
     model = ResNet(**finished.model_args)
     finished.load_weights(model)
     stats = finished.mean, finished.std
-    dls = get_dls(data or options.data, bs=recipe.batch_size, valid=options.valid, stats=stats)
+    images = ImageTable.open(data or options.data, options.skip_broken)
+    dls = get_dls(images, bs=recipe.batch_size, valid=options.valid, stats=stats)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
     learn = get_learner(dls, model, recipe, "fp32" if options.precision == "fp32" else "auto")
     finished.check_data(learn)

@@ -73,3 +73,9 @@ class ResNet(nn.Module):
         x = self.layer3(x)
         x = torch.flatten(self.pool(x), start_dim=1)
         return self.fc(x) * self.logit_scale
+
+
+def split_by_depth(model: ResNet) -> list[list[nn.Parameter]]:
+    """Parameter groups for fastai's `freeze` and discriminative learning rates: prep, layers, head."""
+    parts = [model.prep], [model.layer1, model.layer2, model.layer3], [model.fc]
+    return [[p for module in part for p in module.parameters()] for part in parts]

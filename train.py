@@ -8,6 +8,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import cifar10  # first, because it corrects matplotlib's backend
+
+# isort: split
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner, set_seed  # noqa: F401 (for a REPL)
 
 import cifar10.data
@@ -16,20 +19,22 @@ from augment import Cutout, FlipLR, RandomCrop
 from cifar10 import cli
 from cifar10.callbacks import StopAtNaN, TimeEstimate, ValidateLast
 from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
+from cifar10.decode import SIZE
 from cifar10.files import write, write_csv
-from cifar10.images import SIZE, ImageTable
+from cifar10.images import ImageTable
 from cifar10.lr_finder import SWEEP, find_lrs, plot_lr_curve
 from cifar10.options import Options
 from cifar10.plots import save_figure
 from cifar10.recipes import RECIPES, Recipe
 from cifar10.report import per_class_accuracy, write_report
 from cifar10.run import Run, home_relative
-from model import ResNet
+from model import ResNet, split_by_depth
 
 
-def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", **changes) -> DataLoaders:
+def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", skip_broken=False,
+            **changes) -> DataLoaders:  # fmt: skip
     """DataLoaders of `data` with the assignment's three transforms, and with `changes` to the recipe: `flip=False`."""
-    images = ImageTable.open(data)
+    images = ImageTable.open(data, skip_broken)
     if isinstance(recipe, str):
         recipe = Options(recipe=recipe, valid=valid).resolve(images)
     recipe = replace(recipe, **changes)
@@ -45,7 +50,7 @@ def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64
     """A Learner that trains the ResNet on `dls`, as the recipe says."""
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
-    return cifar10.learner.get_learner(dls, model, recipe, precision)
+    return cifar10.learner.get_learner(dls, model, recipe, precision, splitter=split_by_depth)
 
 
 def fit(learn: Learner, recipe: Recipe, cbs=(), done: int = 0):
@@ -121,7 +126,7 @@ def main(**given):
             return
     set_seed(options.seed, reproducible=True)
 
-    images = ImageTable.open(options.data)
+    images = ImageTable.open(options.data, options.skip_broken)
     recipe = run.recipe if run else options.resolve(images)
     dls = get_dls(images, recipe, options.valid, options.device)
     learn = get_learner(dls, recipe, options.norm, options.width, options.precision)

@@ -45,8 +45,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from cifar10 import cli
+from cifar10.decode import SIZE
 from cifar10.files import write_json
-from cifar10.images import SIZE
 from cifar10.run import collect_env
 from model import ResNet
 from train import get_dls, get_learner

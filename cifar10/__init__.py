@@ -2,3 +2,10 @@
 
 The scripts beside this package pass in the model (model.py) and the transforms (augment.py); nothing here imports them.
 """
+
+import os
+import sys
+
+# A notebook hands its plotting backend down to `!python train.py`, and matplotlib can't be imported there with it.
+if "IPython" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module://"):
+    os.environ["MPLBACKEND"] = "agg"

@@ -45,28 +45,30 @@ class Progress(ProgressCallback):
 
 
 class EpochRecorder(Recorder):
-    """fastai's Recorder with a row (epoch from 1, lr, train loss and accuracy, valid loss and accuracy) per epoch.
+    """fastai's Recorder: `values` holds train loss, valid loss and metrics of each epoch. Two things more follow them:
+    the metrics on the training images, under names like train_accuracy, and the learning rate.
 
     The train loss is the mean over the epoch, not the smoothed one, so that it is comparable to the valid loss.
-    `step_losses` holds the loss of each step, `seconds` the duration of each epoch. An epoch that is skipped, because
-    it was trained before (`start_epoch`), leaves no row.
+    `step_losses` holds the loss of each step, `seconds` the duration of each epoch. Epochs count from 1. An epoch that
+    is skipped, because it was trained before (`start_epoch`), leaves no row; one without validation has NaN there.
     """
 
     name = "recorder"
 
     def __init__(self):
-        super().__init__(train_metrics=True)
+        super().__init__()
         self.train_loss, self.smooth_loss = AvgLoss(), SmoothLoss()
 
     def before_fit(self):
         super().before_fit()
-        self.metric_names = L("epoch", "lr", *self.metric_names[1:])
+        self.metric_names = self.metric_names[:-1] + self.metrics.attrgot("name").map("train_{}") + L("lr", "time")
         self.step_losses, self.seconds = [], []  # of each step; of each epoch with validation
         self.train_seconds = 0.0  # of all epochs, without validation
 
     def before_epoch(self):
         super().before_epoch()
-        self.log, self.skipped = L(self.epoch + 1), False
+        self.log, self.skipped, self.trained = L(self.epoch + 1), False, None
+        self.validated = L(math.nan) * (1 + len(self.metrics))
 
     def after_cancel_epoch(self):
         self.skipped = True
@@ -83,18 +85,31 @@ class EpochRecorder(Recorder):
         super().after_batch()
 
     def after_train(self):
-        self.log.append(float(self.opt.hypers[-1]["lr"]))
         super().after_train()  # reads the sums, so that a GPU is done
+        self.log, self.trained = self.log[:1], self.log[1:] or L(math.nan) * (1 + len(self.metrics))
+        self.trained.append(float(self.opt.hypers[-1]["lr"]))
         self.train_seconds += time.time() - self.start_train
+        self.fetch_losses()
 
     def after_validate(self):
         super().after_validate()
-        self.log += [math.nan] * (len(self.metric_names) - 1 - len(self.log))  # of an epoch without validation
+        self.log, self.validated = self.log[:1], self.log[1:] or self.validated
 
     def after_epoch(self):
         if not self.skipped:
+            trained = self.trained or L()  # nothing in `learn.validate()`
+            self.log += trained[:1] + self.validated + trained[1:]
             self.seconds.append(time.time() - self.start_epoch)
             super().after_epoch()
+
+    def after_fit(self):
+        self.fetch_losses()
+
+    def fetch_losses(self):
+        """Copy the smoothed losses to the host, where fastai's plots look for them, all at once."""
+        waiting = [loss for loss in self.losses if loss.device.type != "cpu"]
+        if waiting:
+            self.losses[-len(waiting) :] = torch.stack(waiting).cpu()
 
     @property
     def _train_mets(self):

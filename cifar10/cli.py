@@ -1,16 +1,20 @@
 """Shared command-line behavior of all scripts: errors in one sentence, exit statuses, signals, progress bars.
 
-Exit statuses: 0 for success, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM.
+Exit statuses: 0 for success, 2 for an error, 130 for Ctrl-C, 129 for SIGHUP, 143 for SIGTERM, 141 for a closed pipe.
 """
 
+import os
 import re
 import signal
 import sys
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from io import TextIOWrapper
 
+import matplotlib
+from fastcore.basics import IN_NOTEBOOK
 from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
@@ -29,9 +33,23 @@ class UserError(ValueError):
 class Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""
 
+    by, status = "SIGTERM", 143
+
     @classmethod
     def handle(cls, *_):
         raise cls
+
+
+class HungUp(Terminated):
+    """SIGHUP: the terminal was closed."""
+
+    by, status = "SIGHUP", 129
+
+
+class PipeClosed(Terminated):
+    """The program that read the output has ended."""
+
+    by, status = "a closed pipe", 141
 
 
 class YesNo(BooleanOptionalAction):
@@ -57,7 +75,12 @@ class Parser(ArgumentParser):
 
 def fail(message: str, status: int):
     """Print `message` to stderr and end the program with `status`."""
-    print(message, file=sys.stderr)
+    with suppress(OSError):  # the terminal may have been closed
+        print(message, file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # Python would try again, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     raise SystemExit(status)
 
 
@@ -78,22 +101,39 @@ def parse(schema: Callable, words: list[str]) -> dict:
     return {name: value for name, value in given.items() if value is not untyped and name not in ("pdb", "xtra")}
 
 
-def run(main: Callable, schema: Callable | None = None):
-    """Run a script: call `main` with the typed options, which `schema` describes, and exit with its status."""
+@contextmanager
+def script_settings() -> Iterator[None]:
+    """Signals, output and plots as a script needs them; a notebook (`%run`) gets its own signal handlers back."""
     if isinstance(sys.stdout, TextIOWrapper):  # a notebook has another one
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    signal.signal(signal.SIGTERM, Terminated.handle)
-    if not (sys.stdout and sys.stdout.isatty()):  # no moving bars in a log file
-        fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
-    given = parse(schema or main, sys.argv[1:])
-    debug = given.pop("debug", False)
+    if not IN_NOTEBOOK:
+        matplotlib.use("agg")  # plots are files
+        if not getattr(sys.stdout, "isatty", bool)():  # no moving bars in a log file
+            fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
+    kinds = {getattr(signal, kind.by, None): kind for kind in (Terminated, HungUp)}  # Windows has no SIGHUP
+    numbers = [number for number in kinds if number and signal.getsignal(number) != signal.SIG_IGN]  # of nohup
+    before = {number: signal.signal(number, kinds[number].handle) for number in numbers}
     try:
-        main(**given)
-    except KeyboardInterrupt as interrupt:
-        by, status = ("SIGTERM", 143) if isinstance(interrupt, Terminated) else ("Ctrl-C", 130)
-        fail(f"\nstopped by {by}{interrupt}", status)
-    except (UserError, OSError) as reason:
-        if debug:
-            raise
-        hint = "" if isinstance(reason, UserError) else " (--debug shows where)"
-        fail("error: " + str(reason).replace("\n", "\\n") + hint, 2)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(main: Callable, schema: Callable | None = None):
+    """Run a script: call `main` with the typed options, which `schema` describes, and exit with its status."""
+    with script_settings():
+        debug = "--debug" in sys.argv
+        try:
+            given = parse(schema or main, sys.argv[1:])
+            given.pop("debug", None)
+            main(**given)
+        except BrokenPipeError:
+            fail(f"stopped by {PipeClosed.by}", PipeClosed.status)
+        except KeyboardInterrupt as interrupt:
+            fail(f"\nstopped by {getattr(interrupt, 'by', 'Ctrl-C')}{interrupt}", getattr(interrupt, "status", 130))
+        except (UserError, OSError) as reason:
+            if debug:
+                raise
+            hint = "" if isinstance(reason, UserError) else " (--debug shows where)"
+            fail("error: " + str(reason).replace("\n", "\\n") + hint, 2)

@@ -5,26 +5,29 @@ from itertools import islice
 
 import numpy as np
 import torch
-from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, IndexSplitter, Normalize, TfmdDL, parent_label
+from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, IndexSplitter, Normalize, TfmdDL
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.data import ImageBlock
 from torch import Tensor
 
 from cifar10.cli import UserError
-from cifar10.images import ImageTable, decode_images
+from cifar10.decode import SIZE, ValueRanges, decode_image
+from cifar10.images import ImageTable
 from cifar10.recipes import ASSIGNMENT
 
 
 class TensorDL(TfmdDL):
     """A fastai DataLoader whose images are one uint8 tensor, so that a batch is one indexing operation.
 
-    Images of `table` are taken from there; others (`dls.test_dl(files)`, `learn.predict(image)`) are decoded here.
+    Images of `table` are taken from there; others (`dls.test_dl(files)`, `learn.predict(image)`) are decoded here, with
+    the same `ranges`.
     """
 
-    def __init__(self, dataset, table: ImageTable | None = None, num_workers: int = 0, **kwargs):
+    def __init__(self, dataset, table: ImageTable | None = None, ranges: ValueRanges | None = None,
+                 num_workers: int = 0, **kwargs):  # fmt: skip
         super().__init__(dataset, num_workers=0, **kwargs)  # nothing is left to do for workers
         self.fake_l.generator = torch.Generator()  # or PyTorch would draw a seed for workers from the global one
-        self.table = table
+        self.table, self.ranges = table, table.ranges if table else ranges
         inputs, targets = dataset.tls[: dataset.n_inp], dataset.tls[dataset.n_inp :]
         try:
             rows = [table.row[item] for item in dataset.items] if table else []
@@ -35,14 +38,16 @@ class TensorDL(TfmdDL):
             numbers = [labels.vocab.o2i for labels in targets]
             targets = [[number[table.labels[row]] for row in rows] for number in numbers]
         else:
-            self.pixels, self.rows = torch.from_numpy(decode_images(inputs[0])), torch.arange(len(dataset))
+            decoded = [decode_image(item, self.ranges) for item in inputs[0]]
+            self.pixels = torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, SIZE, SIZE))
+            self.rows = torch.arange(len(dataset))
             targets = [[int(label) for label in labels] for labels in targets]
         self.targets = [torch.tensor(target) for target in targets]
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is not None and not len(dataset):  # for `learn.export`: the exported file holds no images
             kwargs["table"] = None
-        return super().new(dataset, cls, **{"table": self.table, **kwargs})
+        return super().new(dataset, cls, **{"table": self.table, "ranges": self.ranges, **kwargs})
 
     def shuffle_fn(self, idxs: list[int]) -> list[int]:
         order = torch.Generator().manual_seed(self.rng.getrandbits(63))  # much faster than Python's shuffle
@@ -63,6 +68,19 @@ class TensorDL(TfmdDL):
     def to_detach(self, b, cpu: bool = True, gather: bool = True):
         """Like fastai's, but scalars, the sums of a metric, stay on the device, so that nothing waits for them."""
         return to_detach(b, cpu and not (isinstance(b, Tensor) and b.ndim == 0), gather)
+
+
+class Labels:
+    """`get_y` of the DataBlock: a file's class. An exported Learner keeps no file names."""
+
+    def __init__(self, table: ImageTable):
+        self.table = table
+
+    def __call__(self, file) -> str:
+        return self.table.labels[self.table.row[file]]
+
+    def __getstate__(self):
+        return {}
 
 
 def get_device(device: str) -> torch.device:
@@ -87,7 +105,7 @@ def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", s
         blocks=(ImageBlock, CategoryBlock(vocab=images.classes)),
         get_items=lambda images: [images.files[row] for row in rows],
         splitter=IndexSplitter(np.searchsorted(rows, held_out).tolist()),
-        get_y=parent_label,
+        get_y=Labels(images),
         batch_tfms=[*tfms, Normalize.from_stats(*(stats or images.stats(train)))],
         dl_type=TensorDL,
     )

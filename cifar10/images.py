@@ -3,111 +3,75 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fastai.vision.all import PILImage, chunked, fastai_path, parallel
-from PIL import Image, ImageOps
+from fastai.vision.all import chunked, fastai_path, parallel
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from cifar10.cli import UserError
+from cifar10.decode import SIZE, ValueRanges, decode, full_range, printable
 from cifar10.files import CorruptFileError, load_tensors, save_tensors
-from cifar10.sources import prepare_data, short_hash
+from cifar10.listing import Listing, enumerate_names, list_folder
+from cifar10.sources import prepare_data, short_hash, short_name
 
-SIZE = 32  # pixels along each side, as in CIFAR-10
-MIN_SIDE = 4  # pixels; a smaller image is a mistake
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 HOLDOUT = 0.1  # of the training images, for hyperparameter selection without the test split
 HOLDOUT_SEED = 42  # the same for every run, so that runs with different seeds can be compared
-
-
-def decode_image(item) -> np.ndarray:
-    """A path, PIL image, array or tensor → uint8 `(3, 32, 32)` in RGB; the longer side is cropped, then resized.
-
-    Raises `UserError` for something that is not an image, is damaged, or has a side of less than `MIN_SIDE` pixels.
-    """
-    try:
-        image = PILImage.create(item, mode=None)
-        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
-            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 256))
-        image = image.convert("RGB")
-    except Exception as reason:  # Pillow's plugins fail on damaged files in many ways
-        raise UserError(f"{printable(item)} can't be read as an image ({reason}); repair or remove it") from None
-    if min(image.size) < MIN_SIDE:
-        raise UserError(f"{printable(item)} is too small to show anything, {image.width}×{image.height}; remove it")
-    if image.size != (SIZE, SIZE):
-        image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def decode_images(items) -> np.ndarray:
-    """Several items → uint8 `(N, 3, 32, 32)`."""
-    return np.array([decode_image(item) for item in items], dtype=np.uint8).reshape(-1, 3, SIZE, SIZE)
-
-
-def printable(item) -> str:
-    """`item` on one line, without bytes that are not characters."""
-    return str(item) if str(item).isprintable() else repr(str(item))[1:-1]
-
-
-def visible(folder) -> list[os.DirEntry]:
-    """The entries of `folder` by name, without hidden ones."""
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+DECODER = 2  # raise it when decode.py makes other pixels of a file
 
 
 class ImageTable:
     """All images of a folder: `files[i]`, of the class `labels[i]`, decodes to `pixels[i]`, uint8 `(N, 3, 32, 32)`.
 
-    They are decoded on all cores when first needed, and cached beside fastai's data. The cache is written atomically,
-    and renewed when a name, size or time in the folder changes or its checksum does not match.
+    They are decoded on all cores, once: the result is cached beside fastai's data. The cache is written atomically, and
+    renewed when a name, size or time in the folder changes or its checksum does not match. `ranges` are the values that
+    became 0 and 255, if images have more than 8 bits per value; see `decode_image`.
     `hash` is the SHA-256 of the pixels and of each image's split and class. `data` is what `prepare_data` takes to find
     the folder again, and `defaults` the hyperparameters that suit the images better than a recipe's.
+    What a user should know about the folder is printed. Raises `UserError` if there are files that can't be read,
+    unless `skip_broken` leaves them out, and if the rest can't be trained on.
     """
 
-    def __init__(self, folder: Path, data: str = "", defaults: Mapping[str, Any] = MappingProxyType({})):
+    def __init__(self, folder: Path, data: str = "", defaults: Mapping[str, Any] = MappingProxyType({}),
+                 skip_broken: bool = False):  # fmt: skip
         self.folder, self.name = folder, printable(folder.name)
         self.data, self.defaults = data or str(folder), defaults
-        self.splits = ["train", *[name for name in ("test", "valid", "val") if (folder / name).is_dir()][:1]]
-        self.files, self.split, self.labels, listing = [], [], [], []
-        try:
-            for split in self.splits:
-                for class_folder in visible(folder / split):
-                    for entry in visible(class_folder) if class_folder.is_dir() else ():
-                        if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir():
-                            self.files.append(Path(entry.path))
-                            self.split.append(split)
-                            self.labels.append(class_folder.name)
-                            name, stat = f"{split}/{class_folder.name}/{entry.name}", entry.stat()
-                            listing.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
-        except OSError as reason:
-            raise UserError(f"{reason.filename} can't be read ({reason.strerror}); repair or remove it") from None
-        self.check_classes()
-        self.classes = sorted(set(self.labels))
+        listing = list_folder(folder)
+        self.fingerprint = fingerprint(listing, folder)
+        self.cache = fastai_path("data") / "decoded" / f"{short_name(folder.name)}-{short_hash(folder)}.safetensors"
+        self.pixels, state = self.load(len(listing.files)) or self.build(listing)
+        self.hash, self.ranges = state["sha256"], {kind: tuple(limits) for kind, limits in state["ranges"].items()}
+        notes, broken = listing.notes, dict(state["broken"])
+        if broken:
+            names = [f"{listing.files[i].relative_to(folder)} ({why})" for i, why in broken.items()]
+            trouble = f"{len(broken):,} of {len(listing.files):,} images can't be used: {enumerate_names(names)}"
+            if not skip_broken:
+                raise UserError(f"{trouble}; repair or remove them, or leave them out with --skip_broken")
+            notes.append(f"left out, because {trouble}")
+        keep = [i for i in range(len(listing.files)) if i not in broken]
+        self.files = [listing.files[i] for i in keep]
+        self.split, self.labels = [listing.splits[i] for i in keep], [listing.labels[i] for i in keep]
+        self.splits, self.classes = sorted({*listing.splits}, key="train".__ne__), sorted({*listing.labels})
         self.row = {file: row for row, file in enumerate(self.files)}
-        self.fingerprint = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()
-        self.cache = fastai_path("data") / "decoded" / f"{folder.name}-{short_hash(folder)}.safetensors"
+        train = [row for row, split in enumerate(self.split) if split == "train"]
+        if lost := {*self.classes} - {self.labels[row] for row in train}:
+            raise UserError(f"no image of {enumerate_names(lost)} in {folder}/train can be used; repair or remove it")
+        if one_color := state["one_color"]:
+            which = enumerate_names(str(self.files[row].relative_to(folder)) for row in one_color)
+            notes.append(f"{len(one_color):,} of {len(self.files):,} images show one color only: {which}")
+            if {*one_color} >= {*train}:
+                raise UserError(f"{notes[-1]}; nothing can be learned from them, check how the files were made")
+        for note in notes:
+            print(f"{self.name}: {note}")
 
     @classmethod
-    def open(cls, data: "str | Path | ImageTable") -> "ImageTable":
+    def open(cls, data: "str | Path | ImageTable", skip_broken: bool = False) -> "ImageTable":
         """The images that `data` names; see `prepare_data`. Raises `UserError` if they can't be used."""
-        return data if isinstance(data, ImageTable) else cls(*prepare_data(data))
-
-    def check_classes(self):
-        """Raise `UserError` for classes that can't be learned."""
-        known = {label for label, split in zip(self.labels, self.split) if split == "train"}
-        if not known:
-            raise UserError(f"{self.folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
-        if len(known) == 1:
-            raise UserError(f"{self.folder}/train holds images of one class only, {printable(*known)}; add another")
-        if unknown := sorted(set(self.labels) - known):
-            names = printable(", ".join(unknown))
-            raise UserError(f"{self.folder}/{self.splits[1]} has classes that train lacks, {names}; remove or add them")
+        return data if isinstance(data, ImageTable) else cls(*prepare_data(data), skip_broken=skip_broken)
 
     def split_rows(self, valid: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the training and of the validation images: `valid` is "test", or "holdout" for a tenth of train."""
@@ -121,18 +85,10 @@ class ImageTable:
             except ValueError as reason:
                 raise UserError(f"{self.folder} has too few images to hold a tenth of them out ({reason})") from None
             return np.sort(train), held_out
-        if len(self.splits) == 1:
-            raise UserError(f"{self.folder} has no test/, valid/ or val/ beside train/; add one or use --valid holdout")
         if len(train) == len(self.files):
-            raise UserError(f"{self.folder}/{self.splits[1]} holds no images; add some or use --valid holdout")
+            names = "test/, valid/ or val/ with class folders"
+            raise UserError(f"{self.folder} has no {names} beside train/; add one or use --valid holdout")
         return train, np.flatnonzero(np.array(self.split) != "train")
-
-    @cached_property
-    def decoded(self) -> tuple[Tensor, str]:
-        return self.load() or self.build()
-
-    pixels = property(lambda self: self.decoded[0])
-    hash = property(lambda self: self.decoded[1])
 
     def stats(self, rows) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over all pixels of the given images, in [0, 1].
@@ -145,27 +101,81 @@ class ImageTable:
         std = [((c * (levels - mu) ** 2).sum() / c.sum()).sqrt() for c, mu in zip(counts, mean)]
         return [mu.item() for mu in mean], [max(sigma.item(), 1 / 255) for sigma in std]  # a channel may be constant
 
-    def load(self) -> tuple[Tensor, str] | None:
-        """Pixels and hash from the cache, if it is intact and fits the folder."""
+    def load(self, files: int) -> tuple[Tensor, dict[str, Any]] | None:
+        """Pixels and state from the cache, if it is intact and fits the folder."""
         try:
             tensors, state = load_tensors(self.cache)
         except (FileNotFoundError, CorruptFileError):
             return None
-        pixels, expected = tensors.get("pixels"), (len(self.files), 3, SIZE, SIZE)
-        if state.get("fingerprint") != self.fingerprint or pixels is None or tuple(pixels.shape) != expected:
+        pixels = tensors.get("pixels")
+        if state.get("fingerprint") != self.fingerprint or pixels is None:
             return None
-        return pixels, state["sha256"]
+        return (pixels, state) if tuple(pixels.shape) == (files - len(state["broken"]), 3, SIZE, SIZE) else None
 
-    def build(self) -> tuple[Tensor, str]:
+    def build(self, listing: Listing) -> tuple[Tensor, dict[str, Any]]:
         """Decode all images and cache them."""
-        chunks = list(chunked(self.files, 100))
-        workers = os.cpu_count() if len(chunks) > 40 else 0  # starting processes takes longer than a few chunks
-        print(f"Decoding {len(self.files):,} images of {self.name}, once …")
-        decoded = parallel(decode_images, chunks, n_workers=workers, progress=True)
-        pixels = torch.from_numpy(np.ascontiguousarray(np.concatenate(decoded)))
-        names = "\n".join(map("/".join, zip(self.split, self.labels, strict=True)))
+        print(f"Decoding {len(listing.files):,} images of {self.name}, once …")
+        array, broken, used = decode_files(listing.files)
+        ranges = {}
+        for kind in sorted({kind for kind, *_ in used.values()}):
+            lows, highs = zip(*(limits for other, *limits in used.values() if other == kind))
+            ranges[kind] = full_range(kind, min(lows), max(highs))
+        if used:  # again, with the range of all
+            array[list(used)] = decode_files([listing.files[i] for i in used], ranges).pixels
+        keep = [i for i in range(len(array)) if i not in broken]
+        pixels = torch.from_numpy(array[keep] if broken else array)
+        darkest, brightest = pixels.flatten(2).aminmax(dim=2)
+        names = "\n".join(f"{listing.splits[i]}/{listing.labels[i]}" for i in keep)
         digest = hashlib.sha256(names.encode(errors="surrogateescape"))
         digest.update(pixels.numpy().data)
+        state = dict(
+            fingerprint=self.fingerprint, sha256=digest.hexdigest(), ranges=ranges, broken=list(broken.items()),
+            one_color=(darkest == brightest).all(dim=1).nonzero().flatten().tolist(),
+        )  # fmt: skip
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.cache, {"pixels": pixels}, fingerprint=self.fingerprint, sha256=digest.hexdigest())
-        return pixels, digest.hexdigest()
+        save_tensors(self.cache, {"pixels": pixels}, **state)
+        return pixels, state
+
+
+class Decoded(NamedTuple):
+    """Pixels uint8 `(N, 3, 32, 32)`; by index why a file is broken, and the range that one with over 8 bits uses."""
+
+    pixels: np.ndarray
+    broken: dict[int, str]
+    used: dict[int, tuple[str, float, float]]
+
+
+def decode_files(files: list[Path], ranges: ValueRanges = MappingProxyType({})) -> Decoded:
+    """Decode files on all cores."""
+    chunks = list(chunked(files, 100))
+    workers = os.cpu_count() if len(chunks) > 40 else 0  # starting processes takes longer than a few chunks
+    parts = parallel(decode_chunk, chunks, ranges=dict(ranges), n_workers=workers, progress=True)
+    merged = Decoded(np.concatenate([part.pixels for part in parts]), {}, {})
+    for number, part in enumerate(parts):
+        merged.broken.update({100 * number + i: why for i, why in part.broken.items()})
+        merged.used.update({100 * number + i: used for i, used in part.used.items()})
+    return merged
+
+
+def decode_chunk(files: list[Path], ranges: ValueRanges) -> Decoded:
+    decoded = Decoded(np.zeros((len(files), 3, SIZE, SIZE), np.uint8), {}, {})
+    for i, file in enumerate(files):
+        try:
+            decoded.pixels[i], used = decode(file, ranges)
+            if used:
+                decoded.used[i] = used
+        except ValueError as why:
+            decoded.broken[i] = str(why)
+    return decoded
+
+
+def fingerprint(listing: Listing, folder: Path) -> str:
+    """A hash of all that the decoded pixels depend on: the decoder, and each file's name, class, size and time."""
+    lines = [f"decoder {DECODER}"]
+    for file, split, label in zip(listing.files, listing.splits, listing.labels, strict=True):
+        try:
+            stat = file.stat()
+            lines.append(f"{split}/{label} {file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}")
+        except OSError as reason:  # a link to nowhere, for example; decoding will tell
+            lines.append(f"{split}/{label} {file.relative_to(folder)} {reason.errno}")
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

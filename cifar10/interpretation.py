@@ -8,7 +8,7 @@ from fastai.vision.all import Callback, ClassificationInterpretation, Learner
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar10.images import printable
+from cifar10.decode import printable
 
 
 def grad_cam(model: nn.Module, images: Tensor, classes: Tensor, layers: list[nn.Module]) -> list[Tensor]:
@@ -22,6 +22,8 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor, layers: list[nn.
     """
     training = model.training
     model.eval()
+    # As plain tensors, without fastai's types; with gradients of the images, in case that all parameters are frozen.
+    images, classes = images.detach().as_subclass(Tensor).requires_grad_(), classes.as_subclass(Tensor)
     try:
         with hook_outputs(layers, detach=False) as hooks, torch.enable_grad():
             logits = model(images)
@@ -48,12 +50,17 @@ class Interpretation(ClassificationInterpretation):
     `preds` are probabilities `(N, classes)`, `targs` the actual and `decoded` the predicted classes, int64 `(N,)`.
     """
 
-    def __init__(self, learn: Learner):
-        self.preds, targs, losses = learn.get_preds(dl=learn.dls.valid, with_loss=True)
+    def __init__(self, learn: Learner, dl=None):
+        dl = learn.dls.valid if dl is None else dl
+        self.preds, targs, losses = learn.get_preds(dl=dl, with_loss=True)
         self.targs, self.decoded = torch.as_tensor(targs), self.preds.argmax(dim=1)
-        super().__init__(learn, learn.dls.valid, losses)
-        # For display: to matplotlib, dollar signs begin a formula.
-        self.vocab = [printable(label).replace("$", r"\$") for label in learn.dls.vocab]
+        super().__init__(learn, dl, losses)
+        self.vocab = [printable(label) for label in learn.dls.vocab]
+
+    @classmethod
+    def from_learner(cls, learn: Learner, ds_idx: int = 1, dl=None) -> "Interpretation":
+        """As in fastai: of the DataLoader `dl`, or of the training (0) or validation images (1)."""
+        return cls(learn, learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl)
 
     def confusion_matrix(self) -> np.ndarray:
         return skm.confusion_matrix(self.targs, self.decoded, labels=range(len(self.vocab)))
@@ -67,15 +74,30 @@ class Interpretation(ClassificationInterpretation):
         wrong = (self.decoded != self.targs).nonzero().flatten()
         return wrong[self.preds[wrong, self.targs[wrong]].argsort()]
 
+    def hardest(self, count: int) -> Tensor:
+        """Rows of `count` images: the misclassified ones, then the correct ones with the least certain prediction."""
+        correct = (self.decoded == self.targs).nonzero().flatten()
+        least_certain = correct[self.preds[correct, self.targs[correct]].argsort()]
+        return torch.cat([self.misclassified(), least_certain])[:count]
+
+    def is_wrong(self, row: int) -> bool:
+        return bool(self.decoded[row] != self.targs[row])
+
+    def kinds(self, row: int) -> tuple[str, str]:
+        """The two classes to show for an image; see `label`."""
+        return ("predicted", "actual") if self.is_wrong(row) else ("predicted", "runner-up")
+
+    def label(self, row: int, kind: str) -> int:
+        """The "actual", the "predicted" or the second most probable class, "runner-up", of an image."""
+        if kind == "runner-up":
+            return int(self.preds[row].topk(2).indices[1])
+        return int(self.targs[row] if kind == "actual" else self.decoded[row])
+
     def images(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images `(n, 3, H, W)`: normalized, as the model takes them, and in [0, 1], to be displayed."""
         self.dl.before_iter()  # sets the transforms to validation
         batch = self.dl.batch(rows)
         return torch.Tensor(self.dl.after_batch(batch)[0]), torch.Tensor(batch[0]).float() / 255
-
-    def caption(self, row: int, kind: str, separator: str = " ") -> str:
-        label = self.targs[row] if kind == "actual" else self.decoded[row]
-        return separator.join([f"{kind}:", self.vocab[label], f"({self.preds[row, label]:.0%})"])
 
 
 class HorizontalFlip(Callback):

@@ -2,18 +2,19 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import CastToTensor
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, Learner, OptimWrapper, accuracy
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, Learner, OptimWrapper, accuracy, trainable_params
 from torch import nn
 
 from cifar10.callbacks import EpochRecorder, GradientValueClip, L1Penalty, Progress, ProgressiveResize
 from cifar10.cli import UserError
-from cifar10.optim import Muon, param_groups_weight_decay
+from cifar10.optim import Muon
 from cifar10.recipes import Recipe
 
 
@@ -64,14 +65,19 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
     return [CPUMixedPrecision()]
 
 
-def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", path=None) -> Learner:
+def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", path=None,
+                splitter: Callable = trainable_params) -> Learner:  # fmt: skip
     """A fastai Learner that trains `model` on `dls` with cross-entropy, as `recipe` says, in the folder `path`.
 
     `precision` is "auto" (the fastest), "fp32", "bf16" or "fp16". Raises `UserError` if the device does not have it.
+    `splitter` makes the parameter groups for fastai's `freeze` and discriminative learning rates.
     """
     precision = resolve_precision(precision, dls.device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    optimizer = partial(Muon, momentum=recipe.momentum, ns_steps=recipe.ns_steps, dtype=dtype)
+    optimizer = partial(
+        Muon, momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
+        lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps, dtype=dtype,
+    )  # fmt: skip
     model = model.to(dls.device)
     if dls.device.type != "mps":
         model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
@@ -80,7 +86,7 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
         model,
         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
         opt_func=partial(OptimWrapper, opt=optimizer),
-        splitter=partial(param_groups_weight_decay, recipe=recipe),
+        splitter=splitter,
         metrics=accuracy,
         moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
         path=path,

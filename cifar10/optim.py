@@ -1,10 +1,7 @@
 """The optimizer: Muon for convolutions, SGD for all other parameters, in one class."""
 
 import torch
-from fastai.vision.all import norm_bias_params
-from torch import Tensor, nn
-
-from cifar10.recipes import Recipe
+from torch import Tensor
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, chosen to raise small singular values quickly
 
@@ -31,22 +28,23 @@ def zeropower_via_newtonschulz(matrix: Tensor, steps: int = 3, dtype: torch.dtyp
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, whose updates are orthogonalized in parameter groups with `use_muon` (Muon).
+    """SGD with Nesterov momentum, whose updates of convolutions are orthogonalized (Muon) unless `use_muon` is false.
 
     A convolution's momentum `(out, in, h, w)` is orthogonalized as the matrix `(out, in·h·w)`. Its weights are
     rescaled to the norm √out before each update, which the following normalization layer compensates. An update has
-    about that norm, too, so `lr` × `lr_scale` is the relative size of a step. The other groups follow
-    `torch.optim.SGD(nesterov=True)` with `weight_decay`. `dtype` is that of the large matrix products.
+    about that norm, too, so `lr` × `lr_scale` is the relative size of a step. All other parameters follow
+    `torch.optim.SGD(nesterov=True)`. `weight_decay` is for weights only: neither for parameters with one dimension
+    (biases and normalization layers) nor for rescaled ones. Parameter groups play no part in this, because fastai uses
+    them for freezing and discriminative learning rates. `dtype` is that of the large matrix products.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, and Jordan's CIFAR-10
     record, which rescales the weights as well. `torch.optim.Muon` takes matrices only.
     """
 
     def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 0.0,
-                 use_muon: bool = False, lr_scale: float = 1.0, ns_steps: int = 3, dtype=torch.float32):  # fmt: skip
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, use_muon=use_muon, lr_scale=lr_scale)
-        super().__init__(params, defaults)
-        self.ns_steps, self.dtype = ns_steps, dtype
+                 use_muon: bool = True, lr_scale: float = 1.0, ns_steps: int = 3, dtype=torch.float32):  # fmt: skip
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.use_muon, self.lr_scale, self.ns_steps, self.dtype = use_muon, lr_scale, ns_steps, dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -55,34 +53,17 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                gradient = p.grad.add(p, alpha=weight_decay) if weight_decay else p.grad
+                muon = self.use_muon and p.ndim == 4
+                gradient = p.grad.add(p, alpha=weight_decay) if weight_decay and p.ndim > 1 and not muon else p.grad
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
                 update = gradient.add(buffer, alpha=momentum)
-                scale = group["lr_scale"]
-                if group["use_muon"]:
+                scale = 1.0
+                if muon:
                     out, inputs = len(p), p[0].numel()
                     p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
                     update = zeropower_via_newtonschulz(update.flatten(1), self.ns_steps, self.dtype).view_as(p)
-                    scale *= max(1, out / inputs) ** 0.5
+                    scale = self.lr_scale * max(1, out / inputs) ** 0.5
                 p.add_(update * scale if scale != 1 else update, alpha=-lr)
-
-
-def param_groups_weight_decay(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Three parameter groups: convolutions, other weights, and biases with normalization layers.
-
-    Weight decay is for weights only, and with Muon not for convolutions, whose norm is fixed anyway.
-    """
-    free = list(norm_bias_params(model))
-    ids = {id(p) for p in free}
-    weights = [p for p in model.parameters() if id(p) not in ids]
-    use_muon = recipe.optimizer == "muon"
-    conv = dict(use_muon=True, lr_scale=recipe.muon_lr_scale, weight_decay=0.0) if use_muon else {}
-    sgd = dict(use_muon=False, lr_scale=1.0, weight_decay=recipe.weight_decay)
-    return [
-        {"params": [p for p in weights if p.ndim == 4], **sgd, **conv},
-        {"params": [p for p in weights if p.ndim != 4], **sgd},
-        {"params": free, **sgd, "weight_decay": 0.0},
-    ]

@@ -19,6 +19,7 @@ class Options:
     data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
     recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # how to train; fast and faster are made for CPUs
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on 10% of train
+    skip_broken: bool = False  # leave out images that can't be read, and train on the rest
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, in proportion)
     batch_size: int | None = None  # images per step (default: 512; 64 with fewer than 10,000 training images)

@@ -1,18 +1,23 @@
 """Plots of a run: training curves, confusion matrix, misclassified images, Grad-CAM."""
 
 import io
+from functools import wraps
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import sklearn.metrics as skm
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
 from cifar10.files import read_csv, write
 from cifar10.interpretation import Interpretation, grad_cam
+from cifar10.names import display_names, fonts_for, width, wrap
 
 N_MISCLASSIFIED = 20  # the assignment asks for 20
 N_GRADCAM = 10  # of them get a Grad-CAM
+MAX_CONFUSION = 25  # classes; of more, the confusion matrix is too large to read
 GRADCAM_LAYERS = ("layer1", "layer2", "layer3")  # as in the assignment's notebook
 TRAIN_COLOR, VALID_COLOR, LR_COLOR = "tab:blue", "tab:orange", "tab:green"
 
@@ -53,58 +58,137 @@ def plot_curves(folder: Path):
     lr.grid(alpha=0.3)
     lr.set_ylim(bottom=0)
     lr.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    final = history["valid_accuracy"][-1]
-    figure.suptitle(f"Training: valid accuracy {final:.2%} after {len(history['epoch'])} epochs")
+    final, epochs = history["valid_accuracy"][-1], len(history["epoch"])
+    figure.suptitle(f"Training: valid accuracy {final:.2%} after {epochs} epoch{'s' * (epochs > 1)}")
 
 
+def drawable(plot):
+    """Draw with fonts that have the letters of all class names."""
+
+    @wraps(plot)
+    def with_fonts(interp: Interpretation):
+        fonts = fonts_for("".join(interp.vocab))[0]
+        with plt.rc_context({"font.family": fonts, "text.parse_math": False}):  # a name may hold dollar signs
+            plot(interp)
+
+    return with_fonts
+
+
+@drawable
 def plot_confusion(interp: Interpretation):
-    """fastai's confusion matrix, with the accuracy and the number of images in the title."""
-    title = f"Confusion matrix: {interp.accuracy:.2%} of {len(interp.targs):,} images correct"
-    interp.plot_confusion_matrix(title=title, figsize=(8, 8))
-    plt.tight_layout()  # once more, for the axis labels that fastai sets after its own call
+    """The confusion matrix with its counts; of many classes, the most confused ones, beside the whole in colors."""
+    matrix, names = interp.confusion_matrix(), np.array(display_names(interp.vocab, 24))
+    many = len(names) > MAX_CONFUSION
+    figure, axes = plt.subplots(1, 1 + many, figsize=(17, 9) if many else (9, 9), layout="constrained", squeeze=False)
+    if many:
+        whole = axes[0, 0]
+        whole.imshow(matrix, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.3))  # shows single images, too
+        whole.set(xlabel="Predicted class, by number", ylabel="Actual class, by number")
+        whole.set_title("All classes; the darker, the more images")
+        part = most_confused_classes(matrix, MAX_CONFUSION)
+        axes[0, 1].set_title(f"The {len(part)} classes that are confused most")
+        matrix, names = matrix[np.ix_(part, part)], names[part]
+    display = skm.ConfusionMatrixDisplay(matrix, display_labels=names)
+    display.plot(ax=axes[0, -1], cmap="Blues", colorbar=False, xticks_rotation="vertical", values_format="d",
+                 text_kw={"fontsize": 10 if len(names) <= 12 else 8})  # fmt: skip
+    for text in display.text_.flat:
+        text.set_text(text.get_text().removeprefix("0"))  # a zero is an empty cell
+    axes[0, -1].set(xlabel="Predicted class", ylabel="Actual class")
+    figure.suptitle(f"Confusion matrix: {interp.accuracy:.2%} of {len(interp.targs):,} images correct")
 
 
+def most_confused_classes(matrix: np.ndarray, count: int) -> list[int]:
+    """`count` classes in order: those of the largest numbers beside the diagonal."""
+    pairs = matrix + matrix.T
+    np.fill_diagonal(pairs, -1)
+    order = np.argsort(-np.triu(pairs, 1), axis=None, kind="stable")
+    chosen: dict[int, None] = {}
+    for place in order:
+        chosen.update(dict.fromkeys(map(int, divmod(int(place), len(matrix)))))
+        if len(chosen) >= count:
+            break
+    return sorted(list(chosen)[:count])
+
+
+def caption(interp: Interpretation, names: list[str], row: int, kind: str, limit: int) -> str:
+    """What an image is, and with which probability; the name has lines of its own if `limit` columns don't hold all."""
+    label = int(interp.label(row, kind))
+    name, probability = names[label], f"{interp.preds[row, label]:.0%}"
+    if max(map(width, names)) + len(f"{kind}:  (100%)") <= limit:
+        return f"{kind}: {name} ({probability})"
+    name_lines = wrap(name, limit)
+    if len(f"{kind} (100%):") <= limit:
+        return "\n".join([f"{kind} ({probability}):", *name_lines])
+    return "\n".join([f"{kind}:", *name_lines, f"({probability})"])
+
+
+@drawable
 def plot_misclassified(interp: Interpretation):
-    """The worst misclassified images with the probabilities of the actual and of the predicted class."""
-    wrong = interp.misclassified()
-    shown = wrong[:N_MISCLASSIFIED]
-    rows = max(1, -(-len(shown) // 5))
-    figure, axes = plt.subplots(rows, 5, figsize=(10, 0.5 + 2.5 * rows), layout="constrained")
+    """The worst misclassified images with the probabilities of the actual and of the predicted class.
+
+    If there are fewer than 20, the correctly classified ones follow that the model is least certain of.
+    """
+    shown = interp.hardest(N_MISCLASSIFIED)
+    names = display_names(interp.vocab, 22)
+    captions = ["\n".join(caption(interp, names, row, kind, 28) for kind in interp.kinds(row)) for row in shown]
+    rows, lines = -(-len(shown) // 5), 1 + max(text.count("\n") for text in captions)
+    figure, axes = plt.subplots(
+        rows, 5, figsize=(10, 0.5 + (1.9 + 0.15 * lines) * rows), layout="constrained", squeeze=False
+    )
     for ax in axes.flat:
         ax.axis("off")
-    for ax, row, image in zip(axes.flat, shown, interp.images(shown)[1].cpu() if len(shown) else ()):
+    for ax, text, image, row in zip(axes.flat, captions, interp.images(shown)[1].cpu(), shown):
         ax.axis("on")
-        show_image(ax, image, f"{interp.caption(row, 'actual')}\n{interp.caption(row, 'predicted')}")
-    part = f"The {len(shown)} worst of {len(wrong):,}" if len(wrong) > len(shown) else f"All {len(wrong)}"
-    figure.suptitle(f"{part if len(wrong) else 'No'} misclassified images (out of {len(interp.targs):,})")
+        show_image(ax, image, text)
+        ax.title.set_color("black" if interp.is_wrong(row) else "tab:green")
+    what = which_images(interp, len(shown))
+    figure.suptitle(f"{what[0].upper()}{what[1:]} (out of {len(interp.targs):,})")
 
 
+def which_images(interp: Interpretation, shown: int) -> str:
+    """What the `shown` hardest images are."""
+    wrong = len(interp.misclassified())
+    if wrong > shown:
+        return f"the {shown} worst of {wrong:,} misclassified images"
+    if wrong == shown:
+        return f"all {wrong} misclassified images"
+    count = shown - wrong
+    certain = f"the {count} least certain correct images" if count > 1 else "the least certain correct image"
+    return f"all {wrong} misclassified and {certain}" if wrong else f"{certain}, as none is misclassified"
+
+
+@drawable
 def plot_grad_cam(interp: Interpretation):
-    """For the worst misclassified images: Grad-CAM after each layer, for the predicted and for the actual class."""
-    rows = interp.misclassified()[:N_GRADCAM]
+    """For the images that `plot_misclassified` begins with: Grad-CAM after each layer, for two classes.
+
+    They are the predicted and the actual class, or the runner-up if both are the same.
+    """
+    rows = interp.hardest(N_GRADCAM)
+    names = display_names(interp.vocab, 26)
     per_band = 5  # images side by side; more would be too small to see
-    bands = max(1, -(-len(rows) // per_band))
+    bands = -(-len(rows) // per_band)
     figure = plt.figure(figsize=(14, 6.4 * bands))
-    if not len(rows):
-        figure.suptitle("No misclassified images")
-        return
     inputs, images = interp.images(rows)
     layers = [getattr(interp.learn.model, name) for name in GRADCAM_LAYERS]
-    classes = torch.cat([interp.decoded[rows], interp.targs[rows]]).to(inputs.device)
-    heat = torch.stack(grad_cam(interp.learn.model, torch.cat([inputs, inputs]), classes, layers)).cpu()
+    kinds = [interp.kinds(row) for row in rows]
+    captions = [[caption(interp, names, row, kind, 13) for kind in pair] for row, pair in zip(rows, kinds)]
+    lines = 1 + max(text.count("\n") for pair in captions for text in pair)
+    classes = torch.tensor([interp.label(row, kind[side]) for side in (0, 1) for row, kind in zip(rows, kinds)])
+    twice = torch.cat([inputs, inputs])
+    heat = torch.stack(grad_cam(interp.learn.model, twice, classes.to(inputs.device), layers)).cpu()
     images = images.cpu()
     grid = figure.add_gridspec(
         bands * 5 - 1, per_band * 3 - 1,
         width_ratios=([1, 1, 0.15] * per_band)[:-1],
         height_ratios=([1] * 4 + [0.6]) * (bands - 1) + [1] * 4,
-        left=0.06, right=0.93, top=1 - 0.95 / (6.4 * bands), bottom=0.02, wspace=0.05, hspace=0.05,
+        left=0.06, right=0.93, top=1 - (0.5 + 0.15 * lines) / (6.4 * bands), bottom=0.02, wspace=0.05, hspace=0.05,
     )  # fmt: skip
-    for i, row in enumerate(rows):
+    for i in range(len(rows)):
         band, place = divmod(i, per_band)
-        for side, kind in enumerate(("predicted", "actual")):
+        for side, text in enumerate(captions[i]):
             for level in range(4):
                 ax = figure.add_subplot(grid[band * 5 + level, place * 3 + side])
-                show_image(ax, images[i], interp.caption(row, kind, "\n") if level == 0 else "")
+                show_image(ax, images[i], text if level == 0 else "")
                 if level:  # heat is (layers, 2n, H, W)
                     shown = ax.imshow(heat[level - 1, side * len(rows) + i], cmap="jet", alpha=0.5, vmin=0, vmax=1)
                 if place == side == 0:
@@ -112,4 +196,4 @@ def plot_grad_cam(interp: Interpretation):
     bar = figure.colorbar(shown, cax=figure.add_axes((0.95, 0.25, 0.012, 0.5)), ticks=[0, 1])
     bar.ax.set_yticklabels(["none", "most"])
     bar.set_label("evidence for the class named above", labelpad=-18)
-    figure.suptitle("Grad-CAM of the worst misclassified images: evidence for the predicted and the actual class")
+    figure.suptitle(f"Grad-CAM, the evidence for each class, of {which_images(interp, len(rows))}")

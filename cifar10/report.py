@@ -4,8 +4,8 @@ from pathlib import Path
 
 from fastai.vision.all import Learner
 
+from cifar10.decode import printable
 from cifar10.files import write
-from cifar10.images import printable
 from cifar10.interpretation import Interpretation
 from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_misclassified, save_figure
 
@@ -19,13 +19,15 @@ def per_class_accuracy(interp: Interpretation) -> dict[str, float | None]:
 
 def markdown_report(interp: Interpretation) -> str:
     """Accuracy, per-class accuracy and the most confused pairs as Markdown."""
-    lines = [f"# {interp.accuracy:.2%} of {len(interp.targs):,} images correct", ""]
-    accuracies = zip(interp.vocab, per_class_accuracy(interp).values())
+    lines = [f"# {interp.accuracy:.2%} of {len(interp.targs):,} images correct"]
+    values = [(i, label, v) for i, (label, v) in enumerate(per_class_accuracy(interp).items()) if v is not None]
     for header, rows in (
-        ("| class | accuracy |\n| --- | ---: |", [(label, f"{v:.1%}") for label, v in accuracies if v is not None]),
-        ("\n| actual | predicted | images |\n| --- | --- | ---: |", interp.most_confused(min_val=1)[:10]),
+        ("| number | class | accuracy |\n| ---: | --- | ---: |", [(i, label, f"{v:.1%}") for i, label, v in values]),
+        ("| actual | predicted | images |\n| --- | --- | ---: |", interp.most_confused(min_val=1)[:10]),
     ):
-        lines += [header, *("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |" for row in rows)]
+        if rows:
+            cells = ([str(cell).replace("|", r"\|") for cell in row] for row in rows)
+            lines += ["", header, *(f"| {' | '.join(row)} |" for row in cells)]
     return "\n".join(lines) + "\n"
 
 

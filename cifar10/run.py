@@ -21,22 +21,26 @@ from fastai.vision.all import Learner, Normalize, get_model
 from filelock import FileLock, Timeout
 from torch import nn
 
-from cifar10.cli import UserError
+from cifar10.cli import PipeClosed, UserError
 from cifar10.files import WriteError, load_tensors, save_tensors, write_csv, write_json
 from cifar10.options import Options
 from cifar10.recipes import Recipe
 
-FORMAT = 2  # of config.json, the weights and the checkpoints; raise it when older code can't read the new files
-HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
+FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when older code can't read the new files
+# Columns of history.csv, and what the Recorder calls them.
+HISTORY = {
+    "lr": "lr", "train_loss": "train_loss", "train_accuracy": "train_accuracy", "valid_loss": "valid_loss",
+    "valid_accuracy": "accuracy",
+}  # fmt: skip
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
 class Run:
     """The folder `path` of a run, and what config.json says about it.
 
-    `options` and `recipe` are those it was started with. `model_args` build the model again, `ResNet(**model_args)`;
-    `classes`, `size` (pixels), `mean` and `std` (per channel, of pixels in [0, 1]) are all that its inputs and outputs
-    depend on. The weights carry the same values, so that they can be used without the data set.
+    `options` and `recipe` are those it was started with. `model_args` build the model again: `ResNet(**model_args)`.
+    `classes`, `size` (pixels), `ranges` (see `decode_image`), `mean` and `std` (per channel, of pixels in [0, 1]) are
+    all that its inputs and outputs depend on. The weights carry the same values, so that no data set is needed.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
@@ -45,6 +49,7 @@ class Run:
         self.model_args: dict[str, Any] = dict(config["model"])
         data = config["data"]
         self.sha256, self.classes, self.size = str(data["sha256"]), list(data["classes"]), int(data["size"])
+        self.ranges = {str(kind): (float(low), float(high)) for kind, (low, high) in data["ranges"].items()}
         self.mean, self.std = ([float(value) for value in data[key]] for key in ("mean", "std"))
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError("mean and std need three channels")
@@ -57,7 +62,7 @@ class Run:
         mean, std = (values.flatten().tolist() for values in (normalize.mean, normalize.std))
         data = dict(
             name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab),
-            size=images.pixels.shape[-1], mean=mean, std=std, sha256=images.hash,
+            size=images.pixels.shape[-1], mean=mean, std=std, ranges=images.ranges, sha256=images.hash,
         )  # fmt: skip
         where = home_relative(images.data)
         options = replace(options, data=where, device=dls.device.type, precision=learn.precision)
@@ -124,6 +129,8 @@ class Run:
             yield
         except KeyboardInterrupt as stopped:
             raise type(stopped)(f"; resume with: {self.resume_command()}") from None
+        except BrokenPipeError:
+            raise PipeClosed(f"; resume with: {self.resume_command()}") from None
         except WriteError as full:
             raise UserError(f"{full}, then resume with: {self.resume_command()}") from None
         except OSError as reason:
@@ -144,11 +151,12 @@ class Run:
     def write_history(self, learn: Learner):
         """history.csv, a row per epoch, and batches.csv, a row per step."""
         recorder, steps = learn.recorder, len(learn.dls.train)
-        epochs = [
-            (epoch, *values, round(seconds, 3))
-            for epoch, (values, seconds) in enumerate(zip(recorder.values, recorder.seconds), start=1)
+        epochs = [dict(zip(recorder.metric_names[1:], values)) for values in recorder.values]
+        rows = [
+            (epoch, *(values[name] for name in HISTORY.values()), round(seconds, 3))
+            for epoch, (values, seconds) in enumerate(zip(epochs, recorder.seconds), start=1)
         ]
-        write_csv(self.path / "history.csv", HISTORY, epochs)
+        write_csv(self.path / "history.csv", ["epoch", *HISTORY, "seconds"], rows)
         losses = zip(recorder.lrs, torch.stack(recorder.step_losses).tolist())
         batches = [(step + 1, step // steps + 1, float(lr), loss) for step, (lr, loss) in enumerate(losses)]
         write_csv(self.path / "batches.csv", ["step", "epoch", "lr", "loss"], batches)
@@ -160,7 +168,7 @@ class Run:
 
     def save_weights(self, model: nn.Module):
         """model.safetensors: parameters, buffers, and what it takes to use them without this folder."""
-        data = {name: self.config["data"][name] for name in ("name", "classes", "size", "mean", "std")}
+        data = {name: self.config["data"][name] for name in ("name", "classes", "size", "ranges", "mean", "std")}
         about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
         save_tensors(self.path / "model.safetensors", get_model(model).state_dict(), **about)
 

@@ -135,7 +135,7 @@ def write_images(folder: Path, images: Iterable[tuple[Image.Image, str, str]]):
 def unpack_once(archive: Path) -> Path:
     """The folder into which `archive` is unpacked: a new one whenever the archive changes."""
     name = archive.name.removesuffix(".gz").rsplit(".", 1)[0]
-    folder = fastai_path("data") / f"{name}-{cache_key(archive)}"
+    folder = fastai_path("data") / f"{short_name(name)}-{cache_key(archive)}"
     if not folder.exists():
         print(f"Unpacking {archive} …")
         with atomic_folder(folder) as temporary:
@@ -183,6 +183,11 @@ def cache_key(path: Path) -> str:
     """Eight characters that change with the path, size and modification time of `path`."""
     stat = path.stat()
     return short_hash(f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}")
+
+
+def short_name(name: str) -> str:
+    """The beginning of a file name, so that there is room for more in the 255 bytes that a file system allows."""
+    return os.fsencode(name)[:100].decode(errors="ignore")
 
 
 def short_hash(text) -> str:

@@ -16,8 +16,8 @@ from PIL import Image
 from cifar10.checkpoint import last_checkpoint
 from cifar10.checkpoint import settings as settings_of
 from cifar10.cli import UserError
+from cifar10.decode import SIZE, decode_image
 from cifar10.files import CorruptFileError, save_tensors
-from cifar10.images import SIZE, decode_image
 from cifar10.options import Options
 from cifar10.recipes import ASSIGNMENT
 from cifar10.run import Run

@@ -1,0 +1,131 @@
+"""Which images a folder holds, and the split and class of each. Whatever is left out is told, or is an error."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from unicodedata import normalize
+
+from cifar10.cli import UserError
+from cifar10.decode import IMAGE_SUFFIXES, printable
+
+SECOND_SPLITS = ("test", "valid", "val")  # the first one with classes is validated on
+MAX_NAMES = 20  # in a message
+
+
+@dataclass
+class Listing:
+    """Image `files[i]` has the class `labels[i]` and is in `splits[i]`; `notes` say what is left out."""
+
+    files: list[Path] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def list_folder(folder: Path) -> Listing:
+    """The images below `train/<class>/`, and below `<class>/` of the first of `SECOND_SPLITS` that has train's classes.
+
+    Raises `UserError` if the classes can't be learned, or if a class has no image.
+    """
+    try:
+        ignored: dict[str, Counter] = {name: Counter() for name in ("train", *SECOND_SPLITS)}
+        present = [name for name in ignored if (folder / name).is_dir()]
+        classes = {split: list_classes(folder / split, ignored[split]) for split in present}
+    except OSError as reason:
+        raise UserError(f"{reason.filename} can't be read ({reason.strerror}); repair or remove it") from None
+    others = [split for split in present if split != "train"]
+    second = [split for split in others if classes[split].keys() & classes["train"].keys()]
+    used = ["train", *(second or [split for split in others if classes[split]])[:1]]
+    check_classes(folder, {split: classes[split] for split in used})
+    listing = Listing()
+    for split in used:
+        for label, files in classes[split].items():
+            listing.files += files
+            listing.splits += [split] * len(files)
+            listing.labels += [label] * len(files)
+    for one, other in combinations(sorted(classes["train"]), 2) if len(classes["train"]) <= 1000 else ():
+        if simplified(one) == simplified(other):
+            listing.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
+    for split in present:
+        if split not in used:
+            why = f"{used[1]}/ is" if classes[split] and used[1:] else "its files have no class folders"
+            listing.notes.append(f"{split}/ is not used: {why}")
+    if found := sum((ignored[split] for split in used), Counter()):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found.most_common())
+        listing.notes.append(f"{found.total():,} file{'s' * (found.total() > 1)} ignored: {kinds}")
+    return listing
+
+
+def list_classes(split: Path, ignored: Counter) -> dict[str, list[Path]]:
+    """Class → its images, both by name. Names that differ by Unicode normalization only are the same class."""
+    classes: dict[str, list[Path]] = {}
+    for entry in sorted(split.iterdir()):
+        if not entry.is_dir():
+            ignored["hidden" if entry.name.startswith(".") else f"directly in {split.name}/"] += 1
+        elif not entry.name.startswith("."):
+            classes.setdefault(normalize("NFC", entry.name), []).extend(list_images(entry, ignored))
+    return dict(sorted(classes.items()))
+
+
+def list_images(folder: Path, ignored: Counter) -> Iterator[Path]:
+    """Files with one of `IMAGE_SUFFIXES` below `folder`, by path; other files are counted by suffix."""
+
+    def fail(reason: OSError):
+        raise reason
+
+    visited = set()
+    for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(path)) in visited:  # links may lead in circles
+            folders.clear()
+            continue
+        visited.add(real)
+        ignored["hidden"] += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                ignored["hidden"] += 1
+            elif suffix in IMAGE_SUFFIXES:
+                yield Path(path, name)
+            else:
+                ignored[printable(suffix) or "without a suffix"] += 1
+
+
+def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]]):
+    """Raise `UserError` for classes that can't be learned; `classes` maps split → class → images."""
+    train = classes["train"]
+    if not any(train.values()):
+        raise UserError(f"{folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
+    if empty := [f"{split}/{name}" for split in classes for name, files in classes[split].items() if not files]:
+        raise UserError(f"{folder} has class folders without images: {enumerate_names(empty)}; add some or remove them")
+    if len(train) == 1:
+        raise UserError(f"{folder}/train holds images of one class only, {printable(*train)}; add another")
+    for split, others in classes.items():
+        if unknown := sorted(others.keys() - train.keys()):
+            near = [(one, other) for one in unknown for other in train if simplified(one) == simplified(other)]
+            hint = "".join(f"; {one!r} differs from {other!r} by {difference(one, other)}" for one, other in near[:3])
+            names = enumerate_names(map(repr, unknown))
+            raise UserError(f"{folder}/{split} has classes that train lacks, {names}{hint}; rename, remove or add them")
+
+
+def simplified(name: str) -> str:
+    """Equal for names that a reader would take for the same."""
+    return "".join(normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split())
+
+
+def difference(one: str, other: str) -> str:
+    """What makes two names different that are the same when simplified."""
+    if one.casefold() == other.casefold():
+        return "letter case"
+    if one.strip() == other.strip():
+        return "spaces at the beginning or end"
+    return "letter case, spaces or similar characters"
+
+
+def enumerate_names(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(map(printable, names))
+    return ", ".join(names[:MAX_NAMES]) + f" and {len(names) - MAX_NAMES:,} more" * (len(names) > MAX_NAMES)
