@@ -33,7 +33,7 @@ def state_dict(learn: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = dict(
         epochs=len(recorder.values),
         # The memory layout decides the order of computation, which could change the last bit.
-        channels_last=[name for name, value in tensors.items() if value.ndim == 4 and not value.is_contiguous()],
+        channels_last=sorted(name for name, value in tensors.items() if value.ndim == 4 and not value.is_contiguous()),
         python=random.getstate(),
         numpy=[numpy[0], numpy[1].tolist(), *numpy[2:]],
         loaders=[loader.rng.getstate() for loader in loaders],

@@ -19,14 +19,14 @@ def test_rows_hold_the_means_over_the_images(dls):
     learn.fit_one_cycle(2, 0.01)
     recorder, values = learn.recorder, list(learn.recorder.values)
     assert list(recorder.metric_names) == [
-        "epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "time",
+        "epoch", "train_loss", "valid_loss", "accuracy", "train_accuracy", "lr", "time",
     ]  # fmt: skip
     losses = torch.stack(recorder.step_losses)
     assert len(losses) == 6 and len(recorder.seconds) == 2
-    assert values[1][1] == pytest.approx(losses[3:].mean().item(), rel=1e-5)
+    assert values[1][0] == pytest.approx(losses[3:].mean().item(), rel=1e-5)
     probabilities, targets, each = learn.get_preds(with_loss=True)
-    assert values[1][3] == pytest.approx(each.mean().item(), rel=1e-5)
-    assert values[1][4] == pytest.approx((probabilities.argmax(1) == targets).float().mean().item())
+    assert values[1][1] == pytest.approx(each.mean().item(), rel=1e-5)
+    assert values[1][2] == pytest.approx((probabilities.argmax(1) == targets).float().mean().item())
 
 
 def gradients(learn) -> torch.Tensor:
@@ -85,8 +85,8 @@ def test_images_grow_and_validation_sees_full_size_ones(dls, recipe):
     assert sizes.train == expected and sizes.train[0] == 24 and sizes.train[-1] == 32
     assert sizes.valid == [32]
     *before, last = learn.recorder.values
-    assert len(before) == 9 and all(math.isnan(row[3]) and math.isnan(row[4]) and row[1] > 0 for row in before)
-    assert last[3] > 0 and last[4] > 0.5  # 1.0 with each of 12 seeds
+    assert len(before) == 9 and all(math.isnan(row[1]) and math.isnan(row[2]) and row[0] > 0 for row in before)
+    assert last[1] > 0 and last[2] > 0.5  # 1.0 with each of 12 seeds
 
 
 @pytest.mark.parametrize(("recipe", "done", "work"), [("assignment", 0, 6), ("assignment", 2, 4), ("fast", 0, 25 / 3)])

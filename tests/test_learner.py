@@ -62,7 +62,7 @@ def test_the_learner_learns_and_answers_like_any_fastai_learner(dls, tmp_path):
 
     learn = small(dls, width=8, path=tmp_path)
     learn.fit_one_cycle(8, 0.1)
-    assert learn.recorder.values[-1][4] > 0.8  # 1.0 with each of 12 seeds
+    assert learn.recorder.values[-1][2] > 0.8  # 1.0 with each of 12 seeds
     probabilities, targets = learn.get_preds()
     assert probabilities.shape == (16, 2) and torch.allclose(probabilities.sum(1), torch.ones(16))
     augmented, same_targets = learn.tta(n=2)
@@ -135,7 +135,7 @@ def test_on_an_apple_gpu(dls, monkeypatch):
 def test_muon_learns(dls):
     learn = get_learner(dls, RECIPES["fast"], width=8, precision="fp32")
     learn.fit_one_cycle(12, 0.3)
-    assert isinstance(learn.opt.opt, Muon) and learn.recorder.values[-1][4] > 0.8  # 1.0 with each of 12 seeds
+    assert isinstance(learn.opt.opt, Muon) and learn.recorder.values[-1][2] > 0.8  # 1.0 with each of 12 seeds
 
 
 class Reads(TorchDispatchMode):
@@ -179,12 +179,12 @@ def test_the_recipe_reaches_the_learner(dls):
     learn.create_opt()
     optimizer = learn.opt.opt
     assert {group["momentum"] for group in optimizer.param_groups} == {0.7} and set(learn.moms) == {0.7}
-    assert optimizer.ns_steps == 2 and optimizer.param_groups[0]["lr_scale"] == 0.4
-    assert optimizer.param_groups[1]["weight_decay"] == 0.02
+    assert optimizer.ns_steps == 2 and optimizer.lr_scale == 0.4 and optimizer.use_muon
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.02}
     assert learn.loss_func.func.label_smoothing == 0.3 and learn.model.logit_scale == 0.5
     learn = get_learner(dls, replace(recipe, optimizer="sgd"), width=2, precision="fp32")
     learn.create_opt()
-    assert not any(group["use_muon"] for group in learn.opt.opt.param_groups)
+    assert not learn.opt.opt.use_muon
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -201,16 +201,3 @@ def test_the_recipe_reaches_the_transforms(shapes):
     dls = get_dls(shapes, replace(ASSIGNMENT, cutout=4), batch_size=8)
     assert dls.bs == 8 and next(t for t in dls.train.after_batch.fs if isinstance(t, Cutout)).height == 4
     assert get_dls("digits", "faster").bs == 64
-
-
-def test_frozen_parameters_stay(dls):
-    learn = small(dls)
-    learn.create_opt()
-    learn.freeze_to(1)
-    before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
-    learn.fit_one_cycle(1, 0.1)
-    changed = {name for name, p in learn.model.named_parameters() if not torch.equal(p, before[name])}
-    assert "fc.weight" in changed and not any(before[name].ndim == 4 for name in changed)
-    learn.unfreeze()
-    learn.fit_one_cycle(1, 0.1)
-    assert not torch.equal(learn.model.prep[0].weight, before["prep.0.weight"])

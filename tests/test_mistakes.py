@@ -156,16 +156,16 @@ def no_access(images):
     [
         (shutil.rmtree, "there is no "),
         (lambda images: shutil.rmtree(images) or images.mkdir(), "holds no folder train/<class>/"),
-        (no_test_split, "--valid holdout"),
-        (empty_test_split, "test holds no images; add some or use --valid holdout"),
+        (no_test_split, "with class folders beside train/; add one or use --valid holdout"),
+        (empty_test_split, "has class folders without images: test/cross, test/ring; add some or remove them"),
         (no_images, "holds no images in train/<class>/"),
         (one_class, "of one class only, cross"),
-        (unknown_class, "has classes that train lacks, square"),
-        (text_file, "train/ring/notes.png can't be read as an image"),
-        (cut_off, "train/ring/3.png can't be read as an image"),
-        (empty_file, "test/ring/3.png can't be read as an image"),
-        (tiny, "test/ring/dot.png is too small to show anything, 1×1"),
-        (dangling, "train/ring/link.png can't be read (No such file"),
+        (unknown_class, "has classes that train lacks, 'square'; rename, remove or add them"),
+        (text_file, "1 of 65 images can't be used: train/ring/notes.png (cannot identify image file)"),
+        (cut_off, "train/ring/3.png (image file is truncated"),
+        (empty_file, "test/ring/3.png (cannot identify image file)"),
+        (tiny, "dot.png (too small, 1×1 pixels); repair or remove them, or leave them out with --skip_broken"),
+        (dangling, "train/ring/link.png (No such file or directory)"),
         pytest.param(
             no_access, "train/ring can't be read (Permission",
             marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything"),
@@ -270,18 +270,20 @@ def test_every_size_and_mode(tmp_path):
     Image.fromarray(gray).convert("P").save(folder / "palette.png")
     Image.new("RGBA", (5, 9), (10, 20, 30, 128)).save(folder / "rgba.png")
     Image.new("LA", (32, 32), (90, 255)).save(folder / "la.png")
-    Image.fromarray(np.full((32, 32), 77 * 256 + 200, dtype=np.uint16)).save(folder / "16bits.png")
-    Image.fromarray(np.full((32, 32), 77 * 256 + 200, dtype=np.uint16)).save(folder / "16bits.tif")
+    deep = np.full((32, 32), 77 * 257, dtype=np.uint16)
+    deep[:, 0] = 65535
+    Image.fromarray(deep).save(folder / "16bits.png")
+    Image.fromarray(deep).save(folder / "16bits.tif")
     Image.new("RGB", (100, 100), (200, 100, 50)).save(folder / "photo.JPG", quality=100)
     Image.new("CMYK", (32, 32), (0, 0, 0, 0)).save(folder / "print.jpeg")
     works(images, tmp_path)
     table = ImageTable(images)
     for name, color in {
-        "gray.png": (77, 77, 77), "palette.png": (77, 77, 77), "rgba.png": (10, 20, 30), "la.png": (90, 90, 90),
+        "gray.png": (77, 77, 77), "palette.png": (77, 77, 77), "rgba.png": (132, 137, 142), "la.png": (90, 90, 90),
         "16bits.png": (77, 77, 77), "16bits.tif": (77, 77, 77), "photo.JPG": (200, 100, 50),
         "print.jpeg": (255, 255, 255),
     }.items():  # fmt: skip
-        pixels = table.pixels[table.row[folder / name]].flatten(1)
+        pixels = table.pixels[table.row[folder / name], :, :, 1:].flatten(1)
         assert (pixels.int() - np.array(color)[:, None]).abs().max() <= 2, name
 
 
@@ -360,7 +362,7 @@ def change_config(run: Path, change):
         (lambda config: config["recipe"].update(annihilate="no"), "annihilate is 'no'"),
         (lambda config: config["recipe"].pop("name"), "missing 1 required keyword-only argument: 'name'"),
         (lambda config: config.pop("options"), "KeyError: 'options'"),
-        (lambda config: config.update(format=1), "run has format 1, not 2"),
+        (lambda config: config.update(format=1), "run has format 1, not 3"),
         (lambda config: config["options"].update(data="gone"), "there is no gone"),
         (lambda config: config["data"].update(sha256="0" * 64), "are not those that run was started with"),
     ],

@@ -1,15 +1,11 @@
 """Muon: orthogonal steps for convolutions, plain SGD with Nesterov momentum for the rest."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from conftest import small
 from torch import nn
 
-from cifar10.optim import Muon, param_groups_weight_decay, zeropower_via_newtonschulz
-from cifar10.recipes import ASSIGNMENT
-from model import ResNet
+from cifar10.optim import Muon, zeropower_via_newtonschulz
+from model import ResNet, split_by_depth
 
 
 @pytest.mark.parametrize("shape", [(64, 300), (300, 64), (40, 40)])
@@ -40,8 +36,10 @@ def test_other_parameters_are_trained_as_by_sgd():
     torch.manual_seed(0)
     ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
     theirs.load_state_dict(ours.state_dict())
-    options = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
-    muon, sgd = Muon(ours.parameters(), **options), torch.optim.SGD(theirs.parameters(), nesterov=True, **options)
+    options = dict(lr=0.1, momentum=0.9)
+    groups = [{"params": [theirs.weight], "weight_decay": 0.01}, {"params": [theirs.bias]}]
+    muon = Muon(ours.parameters(), weight_decay=0.01, **options)
+    sgd = torch.optim.SGD(groups, nesterov=True, **options)
     for _ in range(5):
         x = torch.randn(8, 4)
         for model, optimizer in ((ours, muon), (theirs, sgd)):
@@ -72,27 +70,34 @@ def test_the_weights_of_a_convolution_keep_their_length():
     assert conv.weight.norm().item() == pytest.approx(4, rel=0.01)
 
 
-def test_the_groups_say_what_they_are(dls):
-    learn = small(dls)
-    learn.create_opt()
-    conv, weights, free = learn.opt.opt.param_groups
-    assert [(g["use_muon"], g["lr_scale"], g["weight_decay"]) for g in (conv, weights, free)] == [
-        (True, ASSIGNMENT.muon_lr_scale, 0.0), (False, 1.0, ASSIGNMENT.weight_decay), (False, 1.0, 0.0),
-    ]  # fmt: skip
-    assert [{p.ndim for p in group["params"]} for group in (conv, weights, free)] == [{4}, {2}, {1}]
-    assert sum(len(g["params"]) for g in (conv, weights, free)) == len(list(learn.model.parameters()))
-    assert isinstance(learn.opt.opt, Muon) and {g["momentum"] for g in (conv, weights, free)} == {0.9}
+def test_weight_decay_is_for_weights_that_are_not_rescaled():
+    """Whatever the parameter groups are: with a zero gradient, only the FC layer's weights shrink."""
+    model = ResNet(width=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    Muon(
+        split_by_depth(model)[2] + split_by_depth(model)[0] + split_by_depth(model)[1], lr=0.5, weight_decay=0.1
+    ).step()
+    for name, p in model.named_parameters():
+        if p.ndim == 4:  # only rescaled
+            torch.testing.assert_close(p / p.norm(), before[name] / before[name].norm())
+        else:
+            shrunk = 1 - 0.5 * 0.1 * 1.9 if name == "fc.weight" else 1  # 1.9: Nesterov's first step
+            torch.testing.assert_close(p, before[name] * shrunk)
 
 
 def test_the_whole_model_can_be_trained_by_sgd():
-    """By the recipe's `optimizer`: the same steps as torch's SGD with weight decay on all weights."""
+    """Without Muon: the same steps as torch's SGD with weight decay on all weights."""
     torch.manual_seed(0)
     ours, theirs = ResNet(width=2), ResNet(width=2)
     theirs.load_state_dict(ours.state_dict())
-    groups = param_groups_weight_decay(ours, replace(ASSIGNMENT, optimizer="sgd", weight_decay=0.01))
     weights, free = ([p for p in theirs.parameters() if (p.ndim > 1) == is_weight] for is_weight in (True, False))
     torch_groups = [{"params": weights, "weight_decay": 0.01}, {"params": free, "weight_decay": 0.0}]
-    optimizers = Muon(groups, lr=0.1), torch.optim.SGD(torch_groups, lr=0.1, momentum=0.9, nesterov=True)
+    optimizers = (
+        Muon(ours.parameters(), lr=0.1, weight_decay=0.01, use_muon=False),
+        torch.optim.SGD(torch_groups, lr=0.1, momentum=0.9, nesterov=True),
+    )
     for _ in range(3):
         x = torch.randn(4, 3, 16, 16)
         for model, optimizer in zip((ours, theirs), optimizers):
