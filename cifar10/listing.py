@@ -51,7 +51,8 @@ def list_folder(folder: Path) -> Listing:
             listing.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
     for split in present:
         if split not in used:
-            why = f"{used[1]}/ is" if classes[split] and used[1:] else "its files have no class folders"
+            why = f"{used[1]}/ is" if split in second else "it has none of train's classes"
+            why = why if classes[split] else "its files have no class folders"
             listing.notes.append(f"{split}/ is not used: {why}")
     if found := sum((ignored[split] for split in used), Counter()):
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.most_common())
@@ -122,7 +123,7 @@ def difference(one: str, other: str) -> str:
         return "letter case"
     if one.strip() == other.strip():
         return "spaces at the beginning or end"
-    return "letter case, spaces or similar characters"
+    return "letter case, spaces, punctuation or similar characters"
 
 
 def enumerate_names(names: Iterable[str]) -> str:

@@ -44,13 +44,13 @@ def make_images(folder: Path, train: int = 24, test: int = 8, classes=("cross", 
     """An image folder of a cross or a ring on noise; `train` and `test` images per class."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size] - size / 2 + 0.5
-    shapes = {"cross": (abs(x) < 2) | (abs(y) < 2), "ring": abs(np.hypot(x, y) - size / 4) < 2}
+    shapes = {"cross": (abs(x) < 2) | (abs(y) < 2), "ring": abs(np.hypot(x, y) - size / 4) < 2, "bar": abs(x) < 3}
     for split, count in (("train", train), ("test", test)):
-        for label in classes:
+        for number, label in enumerate(classes):
             (folder / split / label).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 128, (size, size, 3), dtype=np.uint8)
-                pixels[shapes[label]] += 120
+                pixels[shapes.get(label, list(shapes.values())[number % 3])] += 120
                 Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
     return folder
 
