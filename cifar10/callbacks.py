@@ -20,9 +20,9 @@ from cifar10.recipes import Recipe
 SYNC_EVERY = 50  # steps on a GPU: reading a number makes the host wait until the GPU is done
 
 
-def should_sync(device: torch.device, step: int) -> bool:
+def should_sync(device: torch.device | str, step: int) -> bool:
     """Whether to read the loss of this step of an epoch from the device."""
-    return device.type == "cpu" or step % SYNC_EVERY == 0
+    return torch.device(device).type == "cpu" or step % SYNC_EVERY == 0
 
 
 class SmoothLoss(AvgSmoothLoss):
@@ -71,9 +71,10 @@ class EpochRecorder(Recorder):
         self.validated = L(math.nan) * (1 + len(self.metrics))
 
     def after_cancel_epoch(self):
-        self.skipped = True
+        self.skipped = self.trained is None
 
     def before_train(self):
+        self.trained = L(math.nan) * (2 + len(self.metrics))  # until the epoch is complete
         for metric in self._train_mets:
             metric.reset()
         self.start_train = time.time()
@@ -86,8 +87,9 @@ class EpochRecorder(Recorder):
 
     def after_train(self):
         super().after_train()  # reads the sums, so that a GPU is done
-        self.log, self.trained = self.log[:1], self.log[1:] or L(math.nan) * (1 + len(self.metrics))
-        self.trained.append(float(self.opt.hypers[-1]["lr"]))
+        if len(self.log) > 1:  # not cancelled
+            self.trained = self.log[1:] + L(float(self.opt.hypers[-1]["lr"]))
+        self.log = self.log[:1]
         self.train_seconds += time.time() - self.start_train
         self.fetch_losses()
 
@@ -217,7 +219,8 @@ class TimeEstimate(Callback):
         what = f"{epochs} epoch{'s' * (epochs > 1)}" + " and the LR finder" * bool(self.sweep)
         message = f"{what} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms per step)."
         short = 1 + epochs // 8
-        if self.dls.device.type == "cpu" and seconds > 3600 and short < epochs and self.recipe.name == "assignment":
+        on_cpu, by_assignment = torch.device(self.dls.device).type == "cpu", self.recipe.name == "assignment"
+        if on_cpu and by_assignment and seconds > 3600 and short < epochs:
             message += (
                 f" A GPU is much faster. On this CPU, --epochs {short} --peak_epoch 1 takes about"
                 f" {format_time(seconds * short / epochs)}; --recipe faster is made for CPUs."

@@ -39,7 +39,7 @@ class ImageTable:
     def __init__(self, folder: Path, data: str = "", defaults: Mapping[str, Any] = MappingProxyType({}),
                  skip_broken: bool = False):  # fmt: skip
         self.folder, self.name = folder, printable(folder.name)
-        self.data, self.defaults = data or str(folder), defaults
+        self.data, self.defaults = data or str(folder), dict(defaults)
         listing = list_folder(folder)
         self.fingerprint = fingerprint(listing, folder)
         self.cache = fastai_path("data") / "decoded" / f"{short_name(folder.name)}-{short_hash(folder)}.safetensors"

@@ -72,14 +72,15 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
     `precision` is "auto" (the fastest), "fp32", "bf16" or "fp16". Raises `UserError` if the device does not have it.
     `splitter` makes the parameter groups for fastai's `freeze` and discriminative learning rates.
     """
-    precision = resolve_precision(precision, dls.device)
+    device = torch.device(dls.device)  # `dls.to("cpu")` makes it a string
+    precision = resolve_precision(precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     optimizer = partial(
         Muon, momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
         lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps, dtype=dtype,
     )  # fmt: skip
-    model = model.to(dls.device)
-    if dls.device.type != "mps":
+    model = model.to(device)
+    if device.type != "mps":
         model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
     learn = Learner(
         dls,
@@ -93,7 +94,7 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
         default_cbs=False,
         cbs=[
             *(TrainEvalCallback(), EpochRecorder(), CastToTensor(), Progress()),
-            *precision_callbacks(precision, dls.device),
+            *precision_callbacks(precision, device),
             *([GradientValueClip(recipe.clip)] if recipe.clip else []),
             *([L1Penalty(recipe.l1)] if recipe.l1 else []),
             *([ProgressiveResize(recipe)] if len(recipe.sizes) > 1 else []),

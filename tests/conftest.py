@@ -21,7 +21,7 @@ from PIL import Image  # noqa: E402
 from cifar10 import learner as learners  # noqa: E402
 from cifar10.interpretation import Interpretation  # noqa: E402
 from cifar10.recipes import ASSIGNMENT  # noqa: E402
-from model import ResNet  # noqa: E402
+from model import ResNet, split_by_depth  # noqa: E402
 from train import get_dls, get_learner  # noqa: E402
 
 
@@ -70,7 +70,7 @@ def dls(shapes):
 def small(dls, width: int = 4, precision: str = "fp32", path=None, **hyperparameters) -> Learner:
     """A Learner with a small model, in fp32 unless told otherwise, so that it learns the same on every machine."""
     recipe = replace(ASSIGNMENT, **hyperparameters)
-    return learners.get_learner(dls, ResNet(len(dls.vocab), width=width), recipe, precision, path)
+    return learners.get_learner(dls, ResNet(len(dls.vocab), width=width), recipe, precision, path, split_by_depth)
 
 
 @pytest.fixture(scope="session")

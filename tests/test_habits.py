@@ -1,0 +1,356 @@
+"""What fastai users do with a Learner and DataLoaders works on ours, and gives the same as on fastai's own."""
+
+import copy
+import pickle
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import small
+from fastai.callback.all import (
+    ActivationStats,
+    BnFreeze,
+    CSVLogger,
+    CutMix,
+    EarlyStoppingCallback,
+    FetchPredsCallback,
+    GradientAccumulation,
+    GradientClip,
+    MixUp,
+    ReduceLROnPlateau,
+    SaveModelCallback,
+    ShortEpochCallback,
+    ShowGraphCallback,
+    TerminateOnNaNCallback,
+    minimum,
+    slide,
+    steep,
+    valley,
+)
+from fastai.vision.all import (
+    SGD,
+    Adam,
+    Callback,
+    CancelEpochException,
+    CancelFitException,
+    CancelTrainException,
+    CategoryBlock,
+    ClassificationInterpretation,
+    CrossEntropyLossFlat,
+    DataBlock,
+    F1Score,
+    GrandparentSplitter,
+    ImageBlock,
+    LabelSmoothingCrossEntropyFlat,
+    Lamb,
+    Learner,
+    OptimWrapper,
+    PILImage,
+    Precision,
+    RMSProp,
+    accuracy,
+    error_rate,
+    get_image_files,
+    load_learner,
+    parent_label,
+    ranger,
+    set_seed,
+)
+from matplotlib import pyplot as plt
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from cifar10.interpretation import Interpretation, grad_cam
+from model import ResNet, split_by_depth
+from train import get_dls, get_learner
+
+
+@pytest.fixture
+def learners(shapes, tmp_path):
+    """Ours, and fastai's own Learner and DataLoaders with the same weights and images."""
+    set_seed(0)
+    ours = small(get_dls(shapes, batch_size=16), path=tmp_path, label_smoothing=0.0)
+    set_seed(0)
+    block = DataBlock(
+        (ImageBlock, CategoryBlock), get_items=lambda path: sorted(get_image_files(path)), get_y=parent_label,
+        splitter=GrandparentSplitter("train", "test"), batch_tfms=[ours.dls.train.after_batch.normalize],
+    )  # fmt: skip
+    theirs = Learner(
+        block.dataloaders(shapes, bs=16, num_workers=0), ResNet(2, width=4), loss_func=CrossEntropyLossFlat(),
+        metrics=accuracy, splitter=split_by_depth, path=tmp_path,
+    )  # fmt: skip
+    theirs.model.load_state_dict(ours.model.state_dict())
+    return ours, theirs
+
+
+def rounded(numbers) -> list[float]:
+    return [round(float(number), 4) for number in numbers]
+
+
+def trained(learn, *, cbs=None, epochs=1, lr=0.01, **options) -> list[int]:
+    """Train, and return how many rows, steps and columns of fastai's were recorded."""
+    learn.fit(epochs, lr, cbs=cbs, **options)
+    recorder = learn.recorder
+    return [len(recorder.values), len(recorder.losses), recorder.iters, len(recorder.lrs)]
+
+
+class Cancel(Callback):
+    """Cancels at the second step."""
+
+    run_valid = False
+
+    def __init__(self, error):
+        self.error = error
+
+    def after_batch(self):
+        if self.iter == 1:
+            raise self.error
+
+
+def freezing(learn):
+    learn.freeze()
+    free = [name for name, p in learn.model.named_parameters() if p.requires_grad]
+    before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
+    learn.fit(1, 0.01)
+    changed = [name for name, p in learn.model.named_parameters() if not torch.equal(p, before[name])]
+    learn.unfreeze()
+    return free, changed, all(p.requires_grad for p in learn.model.parameters())
+
+
+def saving(learn):
+    learn.fit(1, 0.01)
+    learn.save("weights")
+    before = learn.get_preds()[0]
+    learn.fit(1, 0.1)
+    learn.load("weights")
+    torch.testing.assert_close(learn.get_preds()[0], before)
+    return trained(learn)
+
+
+def saving_the_best(learn):
+    learn.fit_one_cycle(3, 0.02, cbs=SaveModelCallback(monitor="accuracy"))
+    best = max(row[learn.recorder.metric_names.index("accuracy") - 1] for row in learn.recorder.values)
+    return learn.validate()[1] == best
+
+
+def exporting(learn):
+    learn.export("exported.pkl")
+    again, file = load_learner(learn.path / "exported.pkl"), learn.dls.valid_ds.items[0]
+    torch.testing.assert_close(again.predict(file)[2], learn.predict(file)[2])
+    return again.get_preds(dl=again.dls.test_dl([file] * 3))[0].shape
+
+
+def logging(learn):
+    learn.fit(2, 0.01, cbs=CSVLogger())
+    log = pd.read_csv(learn.path / "history.csv")
+    return list(log.columns[:4]), len(log), all(log["valid_loss"] > 0)
+
+
+def interpreting(learn):
+    interp = ClassificationInterpretation.from_learner(learn)
+    interp.plot_confusion_matrix()
+    interp.plot_top_losses(4)
+    interp.print_classification_report()
+    interp.show_results([0, 1])
+    of_train = ClassificationInterpretation.from_learner(learn, ds_idx=0)
+    return interp.confusion_matrix(), of_train.confusion_matrix().sum(), rounded(interp.top_losses(3)[0])
+
+
+def predicting(learn):
+    file = learn.dls.valid_ds.items[0]
+    items = (file, str(file), PILImage.create(file), np.array(Image.open(file)))
+    return [(label, int(number), rounded(each)) for label, number, each in map(learn.predict, items)]
+
+
+def other_losses(learn):
+    losses = (LabelSmoothingCrossEntropyFlat(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0])), F.cross_entropy)
+    for learn.loss_func in losses:
+        learn.fit(1, 0.01)
+    return trained(learn)
+
+
+def other_metrics(learn):
+    learn.metrics = [accuracy, error_rate, F1Score(), Precision(average="macro")]
+    learn.fit(1, 0.01)
+    return list(learn.recorder.metric_names[:7]), len(learn.validate())
+
+
+def optimizer(opt_func, **options):
+    def train_with(learn):
+        learn.opt_func = opt_func
+        return trained(learn, **options), [hyper["lr"] for hyper in learn.opt.hypers]
+
+    return train_with
+
+
+def finding_learning_rates(learn):
+    found = learn.lr_find(suggest_funcs=(minimum, steep, valley, slide))
+    return found._fields, [name for name, p in learn.model.named_parameters() if not p.isfinite().all()]
+
+
+def plotting(learn):
+    learn.fit_one_cycle(2, 0.05)
+    learn.recorder.plot_loss()
+    learn.recorder.plot_sched()
+    learn.fit(1, 0.01, cbs=ActivationStats(with_hist=True))
+    return [loss.device.type for loss in learn.recorder.losses]
+
+
+def quiet(learn):
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.01)
+    return hasattr(learn, "progress")
+
+
+def loaders(learn):
+    dls = learn.dls
+    assert dls.to("cpu").device == "cpu"
+    dls.show_batch()
+    dls.valid.show_batch(max_n=2)
+    return [
+        dls.c, list(dls.vocab), dls.bs, dls.valid.bs, dls.n, dls.train.n, len(dls.train), len(dls.valid),
+        len(dls.train_ds), type(dls.train_ds[0][0]), type(dls.train_ds[0][1]), len(dls.train.new(bs=4)),
+        [x.shape for x, _ in dls.train], [x.shape for x, _ in dls.valid], len(dls.decode_batch(dls.one_batch(), max_n=3)), type(dls.one_batch()[0]),
+        learn.get_preds(dl=dls.test_dl(dls.valid_ds.items, with_labels=True))[1].tolist(), trained(learn),
+    ]  # fmt: skip
+
+
+HABITS = {
+    "validate": lambda learn: [rounded(learn.validate()), len(learn.validate(ds_idx=0))],
+    "validate after training": lambda learn: [trained(learn), len(learn.validate()), len(learn.final_record)],
+    "freeze": freezing,
+    "fine_tune": lambda learn: [learn.fine_tune(2, 0.01), len(learn.recorder.values)],
+    "slice": lambda learn: [trained(learn, lr=slice(1e-4, 1e-2)), rounded(h["lr"] for h in learn.opt.hypers)],
+    "one cycle with a slice": lambda learn: [learn.fit_one_cycle(1, slice(1e-3, 1e-1)), len(learn.opt.hypers)],
+    "wd": lambda learn: [trained(learn, wd=0.3), [hyper["wd"] for hyper in learn.opt.hypers]],
+    "flat cosine": lambda learn: learn.fit_flat_cos(2, 0.01),
+    "restarts": lambda learn: [learn.fit_sgdr(2, 1, 0.01), len(learn.recorder.values)],
+    "save the best": saving_the_best,
+    "save each": lambda learn: trained(learn, epochs=2, cbs=SaveModelCallback(every_epoch=True)),
+    "early stopping": lambda learn: trained(learn, epochs=9, cbs=EarlyStoppingCallback("accuracy", min_delta=1.0)),
+    "plateau": lambda learn: trained(learn, epochs=3, cbs=ReduceLROnPlateau("valid_loss", min_delta=9, patience=1)),
+    "csv": logging,
+    "graph": lambda learn: trained(learn, epochs=2, cbs=ShowGraphCallback()),
+    "accumulation": lambda learn: trained(learn, cbs=GradientAccumulation(32)),
+    "mixup": lambda learn: trained(learn, cbs=MixUp()),
+    "cutmix": lambda learn: trained(learn, cbs=CutMix()),
+    "clip": lambda learn: trained(learn, cbs=[GradientClip(1.0), TerminateOnNaNCallback(), BnFreeze()]),
+    "short epoch": lambda learn: trained(learn, epochs=2, cbs=ShortEpochCallback(0.5)),
+    "fetch": lambda learn: trained(learn, cbs=FetchPredsCallback()),
+    "cancel a batch's epoch": lambda learn: trained(learn, epochs=2, cbs=Cancel(CancelEpochException)),
+    "cancel training": lambda learn: trained(learn, epochs=2, cbs=Cancel(CancelTrainException)),
+    "cancel the fit": lambda learn: trained(learn, epochs=2, cbs=Cancel(CancelFitException)),
+    "Adam": optimizer(Adam),
+    "ranger": optimizer(ranger),
+    "Lamb": optimizer(Lamb, wd=0.1),
+    "RMSProp": optimizer(RMSProp),
+    "SGD": optimizer(SGD, lr=slice(1e-3, 1e-2)),
+    "AdamW": optimizer(partial(OptimWrapper, opt=torch.optim.AdamW), wd=0.1),
+    "lr_find": finding_learning_rates,
+    "plots": plotting,
+    "show_results": lambda learn: learn.show_results(),
+    "tta": lambda learn: [tensor.shape for tensor in learn.tta(n=2)],
+    "save and load": saving,
+    "export": exporting,
+    "interpret": interpreting,
+    "predict": predicting,
+    "losses": other_losses,
+    "metrics": other_metrics,
+    "get_preds": lambda learn: [
+        len(out) for out in learn.get_preds(with_input=True, with_decoded=True, with_loss=True)
+    ],
+    "get_preds of train": lambda learn: learn.get_preds(ds_idx=0)[0].shape,
+    "quiet": quiet,
+    "fp16 and back": lambda learn: trained(learn.to_fp16().to_fp32()),
+    "summary": lambda learn: learn.summary().splitlines()[3:20],
+    "show_training_loop": lambda learn: learn.show_training_loop(),
+    "loaders": loaders,
+    "copy": lambda learn: [trained(copy.deepcopy(learn)), len(pickle.dumps(learn.model)) > 0],
+    "the model alone": lambda learn: learn.model.eval()(learn.dls.valid.one_batch()[0]).shape,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("habit", HABITS)
+def test_habit(learners, habit):
+    ours, theirs = (str(HABITS[habit](learn)) for learn in learners)
+    plt.close("all")
+    assert ours == theirs
+
+
+def test_validate_returns_loss_and_accuracy(dls):
+    learn = get_learner(dls, width=8, precision="fp32")
+    for _ in range(2):
+        loss, acc = learn.validate()
+        probabilities, targets, losses = learn.get_preds(with_loss=True)
+        assert loss == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert acc == pytest.approx((probabilities.argmax(1) == targets).float().mean().item())
+        learn.fit_one_cycle(4, 0.1)
+    assert acc > 0.8  # 1.0 with each of 12 seeds
+
+
+def test_the_recorder_has_fastais_columns_first(dls):
+    learn = get_learner(dls, width=4, precision="fp32")
+    learn.fit(1, 0.01)
+    assert list(learn.recorder.metric_names[:4]) == ["epoch", "train_loss", "valid_loss", "accuracy"]
+    row = list(learn.recorder.values[0])
+    assert row[1:3] == pytest.approx(learn.validate(), rel=1e-5)
+
+
+def test_groups_by_depth(dls):
+    """Prep, layers, head: each parameter once."""
+    learn = get_learner(dls, width=2, precision="fp32")
+    learn.create_opt()
+    names = {id(p): name.split(".")[0] for name, p in learn.model.named_parameters()}
+    groups = [{names.pop(id(p)) for p in group} for group in learn.opt.param_lists]
+    assert groups == [{"prep"}, {"layer1", "layer2", "layer3"}, {"fc"}] and not names
+
+
+def test_weight_decay_is_what_fit_says(dls):
+    """Only of the FC layer's weights, which are the only ones that Muon does not rescale."""
+    learn = get_learner(dls, width=2, precision="fp32")
+    for weight_decay, factor in ((0.0, 1), (0.5, 1 - 0.01 * 0.5 * 1.9)):
+        learn.create_opt()
+        learn.opt.set_hypers(lr=0.01, wd=weight_decay)
+        before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
+        for p in learn.model.parameters():
+            p.grad = torch.zeros_like(p)
+        learn.opt.step()
+        torch.testing.assert_close(learn.model.fc.weight, before["fc.weight"] * factor)
+        torch.testing.assert_close(learn.model.fc.bias, before["fc.bias"])
+
+
+@pytest.mark.slow
+def test_fine_tune_learns(digits):
+    """Frozen for an epoch, then with learning rates that rise with depth."""
+    set_seed(0)
+    learn = get_learner(digits, width=16, precision="fp32")
+    learn.fine_tune(4, 0.3)
+    assert learn.recorder.values[-1][2] > 0.7  # 0.88 to 0.96 with 12 seeds
+
+
+def test_grad_cam_of_fastais_tensors_and_of_a_frozen_model(dls):
+    learn = get_learner(dls, width=4, precision="fp32")
+    x, y = dls.valid.one_batch()
+    (heat,) = grad_cam(learn.model, x, y, [learn.model.layer3])
+    plain = grad_cam(learn.model, torch.Tensor(x), torch.as_tensor(y).as_subclass(torch.Tensor), [learn.model.layer3])
+    assert heat.shape == (16, 32, 32) and torch.equal(heat, plain[0]) and heat.max() > 0
+    for p in learn.model.parameters():
+        p.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(grad_cam(learn.model, x, y, [learn.model.layer3])[0], heat)
+    assert not any(p.requires_grad for p in learn.model.parameters()) and not x.requires_grad
+
+
+def test_our_interpretation_from_a_learner(dls):
+    learn = get_learner(dls, width=4, precision="fp32")
+    interp = Interpretation.from_learner(learn)
+    assert interp.confusion_matrix().sum() == 16 and interp.accuracy == pytest.approx(learn.validate()[1])
+    assert Interpretation.from_learner(learn, ds_idx=0).confusion_matrix().sum() == 48
+    some = dls.test_dl(dls.valid_ds.items[:5], with_labels=True)
+    assert Interpretation.from_learner(learn, dl=some).confusion_matrix().sum() == 5
+    interp.plot_top_losses(4)
+    plt.close("all")
