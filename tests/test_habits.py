@@ -213,7 +213,8 @@ def loaders(learn):
     return [
         dls.c, list(dls.vocab), dls.bs, dls.valid.bs, dls.n, dls.train.n, len(dls.train), len(dls.valid),
         len(dls.train_ds), type(dls.train_ds[0][0]), type(dls.train_ds[0][1]), len(dls.train.new(bs=4)),
-        [x.shape for x, _ in dls.train], [x.shape for x, _ in dls.valid], len(dls.decode_batch(dls.one_batch(), max_n=3)), type(dls.one_batch()[0]),
+        [x.shape for x, _ in dls.train], [x.shape for x, _ in dls.valid], type(dls.one_batch()[0]),
+        len(dls.decode_batch(dls.one_batch(), max_n=3)),
         learn.get_preds(dl=dls.test_dl(dls.valid_ds.items, with_labels=True))[1].tolist(), trained(learn),
     ]  # fmt: skip
 

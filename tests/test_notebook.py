@@ -1,0 +1,161 @@
+"""Scripts started from something other than a terminal, or from a terminal that closes."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from commandline import ROOT
+from nbclient import NotebookClient
+
+from cifar10 import cli
+from cifar10.cli import UserError
+
+QUICK = ["--data", "digits", "--width", "2", "--epochs", "1", "--peak_epoch", "1"]
+
+
+def run_cells(*cells: str, cwd) -> list[str]:
+    """What each cell shows, as text: streams, results, and the last line of an error."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(cwd)}}, allow_errors=True).execute()
+    return ["".join(map(shown, cell.outputs)) for cell in notebook.cells]
+
+
+def shown(output) -> str:
+    if output.output_type == "error":
+        return f"{output.ename}: {output.evalue}"
+    return output.text if output.output_type == "stream" else str(output.data)
+
+
+@pytest.mark.slow
+def test_in_a_jupyter_kernel(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND")  # of the tests
+    options = f"{' '.join(QUICK)} --lr_max 0.1 --runs_dir {tmp_path}"
+    backend, shell, missing, train, wrong, after, repl = run_cells(
+        "import os, signal; os.environ['MPLBACKEND']",
+        f"!{sys.executable} {ROOT}/train.py --help",
+        f"%env MPLBACKEND=module://not_installed.backend\n!{sys.executable} {ROOT}/train.py {options} --name shell",
+        f"%env MPLBACKEND=module://matplotlib_inline.backend_inline\n%run {ROOT}/train.py {options} --name kernel",
+        f"%run {ROOT}/train.py --epochs 0",
+        "import matplotlib; from fastprogress import fastprogress\n"
+        "print(matplotlib.get_backend(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, fastprogress.NO_BAR)",
+        f"%cd -q {ROOT}\nfrom train import *\nlearn = get_learner(get_dls('digits'), width=2)\n"
+        "learn.fit_one_cycle(1, 0.1)\nlearn.show_results()\nlearn.recorder.plot_loss()\nlearn.lr_find()",
+        cwd=tmp_path,
+    )
+    assert "module://matplotlib_inline.backend_inline" in backend
+    assert "usage: train.py" in shell and "Traceback" not in shell
+    assert "of 360 images correct" in missing and "Traceback" not in missing
+    assert "of 360 images correct" in train and "Error" not in train
+    for name in ("shell", "kernel"):
+        assert {"metrics.json", "curves.png", "gradcam.png", "misclassified.png"} <= {
+            path.name for path in (tmp_path / name).iterdir()
+        }
+    assert "error: epochs is 0; it must be at least 1" in wrong and "SystemExit: 2" in wrong
+    assert after.split()[0].endswith("inline") and after.split()[1:] == ["True", "False"]
+    assert repl.count("image/png") == 2 and "Error" not in repl
+
+
+@pytest.mark.parametrize("script", ["train.py", "interpret.py", "-m benchmarks.tables"])
+def test_a_backend_that_is_not_installed(script):
+    command = [sys.executable, *script.split(), "--help"]
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+# ---- Streams
+
+
+class Window:
+    """The least that `print` needs, like the output window of an editor."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def getvalue(self):
+        return self.text
+
+
+def fails(main) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    return end.value.code
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """No arguments, and the settings of a script undone after the test."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(cli.fastprogress, "NO_BAR", False)
+    monkeypatch.setattr(cli.fastprogress.ConsoleProgressBar, "fill", "█")
+
+
+def says():
+    print("hello")
+
+
+def mistake():
+    raise UserError("it is wrong; mend it")
+
+
+@pytest.mark.parametrize("stream", [None, Window(), io.StringIO()])
+def test_unusual_streams(bare, monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    cli.run(says)
+    assert cli.fastprogress.NO_BAR
+    assert fails(mistake) == 2
+    if stream is not None:
+        assert stream.getvalue() == "hello\nerror: it is wrong; mend it\n"
+
+
+def start(tmp_path, *options, **streams) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "train.py", *QUICK, "--epochs", "500", *options, "--name", "run"]
+    return subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, **streams)
+
+
+def wait_for_training(tmp_path):
+    while not list((tmp_path / "runs/run/checkpoints").glob("*.safetensors")):
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal(tmp_path):
+    process = start(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for_training(tmp_path)
+    process.send_signal(signal.SIGHUP)
+    said = process.communicate()[1]
+    assert process.returncode == 129 and "stopped by SIGHUP; resume with: " in said and "--resume runs/run" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_pipe_that_closes(tmp_path):
+    process = start(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert "training images" in process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 141 and "stopped by a closed pipe; resume with: " in said and "Traceback" not in said
+
+
+def test_nohup_keeps_its_word(bare):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        cli.run(lambda: signal.raise_signal(signal.SIGHUP))  # would end the run
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert fails(lambda: signal.raise_signal(signal.SIGHUP)) == 129
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
