@@ -8,11 +8,17 @@ from matplotlib import font_manager, rcParams
 LAST_RESORT = "Last Resort High-Efficiency"  # matplotlib's font of boxes
 
 
-def width(text: str) -> int:
-    """Columns that `text` takes: Chinese, Japanese and Korean characters take two."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )  # fmt: skip
+def width(text: str) -> float:
+    """Columns that `text` takes, an average letter being one: Chinese, Japanese and Korean characters take two."""
+    return sum(columns(character) for character in text)
+
+
+def columns(character: str) -> float:
+    if unicodedata.combining(character):
+        return 0
+    if unicodedata.east_asian_width(character) in "WF":
+        return 2
+    return 1.6 if character in "MWmw@%" else 1.3 if character.isupper() else 1
 
 
 def shorten_middle(text: str, limit: int) -> str:

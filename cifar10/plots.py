@@ -79,7 +79,7 @@ def plot_confusion(interp: Interpretation):
     """The confusion matrix with its counts; of many classes, the most confused ones, beside the whole in colors."""
     matrix, names = interp.confusion_matrix(), np.array(display_names(interp.vocab, 24))
     many = len(names) > MAX_CONFUSION
-    figure, axes = plt.subplots(1, 1 + many, figsize=(17, 9) if many else (9, 9), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, 1 + many, figsize=(17, 9.5) if many else (9, 9), layout="constrained", squeeze=False)
     if many:
         whole = axes[0, 0]
         whole.imshow(matrix, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.3))  # shows single images, too
@@ -130,7 +130,7 @@ def plot_misclassified(interp: Interpretation):
     """
     shown = interp.hardest(N_MISCLASSIFIED)
     names = display_names(interp.vocab, 22)
-    captions = ["\n".join(caption(interp, names, row, kind, 28) for kind in interp.kinds(row)) for row in shown]
+    captions = ["\n".join(caption(interp, names, row, kind, 29) for kind in interp.kinds(row)) for row in shown]
     rows, lines = -(-len(shown) // 5), 1 + max(text.count("\n") for text in captions)
     figure, axes = plt.subplots(
         rows, 5, figsize=(10, 0.5 + (1.9 + 0.15 * lines) * rows), layout="constrained", squeeze=False

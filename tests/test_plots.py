@@ -1,14 +1,20 @@
 """Plots have titles and labels, nothing overlaps, and nothing is cut off."""
 
+import copy
+import warnings
 from itertools import combinations
 
 import matplotlib
 import numpy as np
+import pytest
+import torch
 from conftest import ROOT
 from matplotlib import pyplot as plt
 
 from cifar10.files import read_csv
+from cifar10.interpretation import Interpretation
 from cifar10.lr_finder import LRCurve, plot_lr_curve, suggest_lrs
+from cifar10.names import display_names, fonts_for, shorten_middle, width, wrap
 from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_misclassified
 
 
@@ -47,23 +53,150 @@ def test_misclassified_plot(interp):
     titles = [ax.get_title() for ax in plt.gcf().axes if ax.axison]
     first = interp.misclassified()[0]
     assert f"actual: {interp.vocab[interp.targs[first]]}" in titles[0] and "predicted" in titles[0] and "%" in titles[0]
-    check_figure(min(20, len(interp.misclassified())))
+    check_figure(20)
 
 
 def test_grad_cam_plot(interp):
     plot_grad_cam(interp)
-    check_figure(min(10, len(interp.misclassified())) * 8)
+    check_figure(80)
 
 
-def test_plots_of_a_perfect_model(interp):
-    import copy
+def with_wrong(interp, count: int):
+    """The same predictions, of which only the `count` worst misclassified are wrong."""
+    other = copy.copy(interp)
+    other.targs = interp.decoded.clone()
+    worst = interp.misclassified()[:count]
+    other.targs[worst] = interp.targs[worst]
+    assert len(other.misclassified()) == count
+    return other
 
-    perfect = copy.copy(interp)
-    perfect.targs = interp.decoded
-    for plot in (plot_misclassified, plot_grad_cam):
-        plot(perfect)
-        assert "No misclassified images" in plt.gcf()._suptitle.get_text()
-        plt.close()
+
+@pytest.mark.parametrize(
+    ("wrong", "title", "cam_title"),
+    [
+        (0, "The 20 least certain correct images, as none is misclassified (out of 360)",
+         "of the 10 least certain correct images, as none is misclassified"),
+        (3, "All 3 misclassified and the 17 least certain correct images (out of 360)",
+         "of all 3 misclassified and the 7 least certain correct images"),
+        (19, "All 19 misclassified and the least certain correct image (out of 360)",
+         "of the 10 worst of 19 misclassified images"),
+        (20, "All 20 misclassified images (out of 360)", "of the 10 worst of 20 misclassified images"),
+        (21, "The 20 worst of 21 misclassified images (out of 360)", "of the 10 worst of 21 misclassified images"),
+    ],
+)  # fmt: skip
+def test_correct_images_fill_up_the_plots(interp, wrong, title, cam_title):
+    """There is something to see even if nothing is misclassified: first what is wrong, then what is least certain."""
+    interp = with_wrong(interp, wrong)
+    rows = interp.hardest(20)
+    assert len(rows) == 20 and torch.equal(rows[:wrong], interp.misclassified()[:20])
+    certainty = interp.preds[rows[wrong:], interp.targs[rows[wrong:]]].tolist()
+    correct = interp.preds[interp.decoded == interp.targs].max(dim=1).values
+    assert certainty == sorted(correct.tolist())[: 20 - min(wrong, 20)]
+    plot_misclassified(interp)
+    assert plt.gcf()._suptitle.get_text() == title
+    titles = [ax.get_title() for ax in plt.gcf().axes if ax.axison]
+    assert ["actual" in text for text in titles] == [True] * min(wrong, 20) + [False] * (20 - min(wrong, 20))
+    assert ["runner-up" in text for text in titles] == ["actual" not in text for text in titles]
+    check_figure(20)
+    plot_grad_cam(interp)
+    assert plt.gcf()._suptitle.get_text().endswith(cam_title)
+    check_figure(80)
+
+
+def test_fewer_images_than_places(interp):
+    few = copy.copy(interp)
+    few.preds, few.targs, few.decoded = interp.preds[:7], interp.targs[:7], interp.decoded[:7]
+    plot_misclassified(few)
+    check_figure(7)
+    plot_grad_cam(few)
+    check_figure(56)
+
+
+# ---- Names of classes
+
+
+LONG = ["Tomato___Tomato_Yellow_Leaf_Curl_Virus", "Corn_(maize)___Cercospora_leaf_spot Gray_leaf_spot"]
+NAMES = {
+    "long": [f"{LONG[i % 2]} {i}" for i in range(10)],
+    "long and alike": [f"a very long name with number {i} in its very middle, of ten" for i in range(10)],
+    "one word": ["W" * 30 + str(i) for i in range(10)],
+    "dollars": [f"$x_{i}$ costs $5" for i in range(10)],
+    "no font": ["猫", "犬", "ship", *"abcdefg"],
+    "wide": [f"wide {chr(0xFF21 + i) * 9}" for i in range(10)],
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_any_class_names(interp, names):
+    """Nothing overlaps, and no letter is missing."""
+    other = copy.copy(interp)
+    other.vocab = NAMES[names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of missing letters
+        plot_confusion(other)
+        check_figure()
+        plot_misclassified(other)
+        check_figure(20)
+        plot_grad_cam(other)
+        check_figure(80)
+
+
+def test_shortened_names():
+    assert shorten_middle("automobile", 11) == "automobile" and width("automobile") + len("predicted:  (100%)") <= 29
+    assert shorten_middle("tomato yellow leaf curl virus", 15) == "tomato …l virus"
+    assert shorten_middle("猫" * 9, 9) == "猫猫…猫猫"
+    assert wrap("yellow leaf curl", 8) == ["yellow", " leaf cu", "rl"]
+    alike = display_names(["a" * 30 + "1" + "b" * 30, "a" * 30 + "2" + "b" * 30, "cat"], 12)
+    assert len({*alike}) == 3 and alike[2] == "cat" and all(len(name) <= 12 for name in alike)
+
+
+def test_another_font_of_the_system_is_used_where_the_default_lacks_letters():
+    """Here matplotlib's Computer Modern is the default: it has no Greek letters, DejaVu Sans has."""
+    with plt.rc_context({"font.family": ["cmr10"]}):
+        families, missing = fonts_for("cat λ")
+        assert families[0] == "cmr10" and len(families) == 2 and not missing
+        assert display_names(["λ", "猫"], 9) == ["λ", "class 1"]
+    assert fonts_for("cat λ") == (plt.rcParams["font.family"], set())
+
+
+# ---- Many classes
+
+
+def of_classes(count: int, seed: int = 0) -> Interpretation:
+    """Predictions for ten images a class, of which a fifth is wrong, most often class 3 taken for class 7."""
+    interp, generator = Interpretation.__new__(Interpretation), torch.Generator().manual_seed(seed)
+    interp.targs = torch.arange(count).repeat(10)
+    other = torch.randint(0, count, (len(interp.targs),), generator=generator)
+    interp.decoded = torch.where(torch.rand(len(other), generator=generator) < 0.8, interp.targs, other)
+    interp.decoded[interp.targs == 3] = 7
+    interp.vocab = [f"class {i:03}" for i in range(count)]
+    return interp
+
+
+@pytest.mark.parametrize("count", [2, 25, 26, 100])
+def test_confusion_of_many_classes(count):
+    interp = of_classes(max(count, 8))
+    plot_confusion(interp)
+    axes = plt.gcf().axes
+    assert len(axes) == (2 if count > 25 else 1)
+    names = [label.get_text() for label in axes[-1].get_yticklabels()]
+    texts = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes[-1].texts}
+    assert len(names) == min(len(interp.vocab), 25) and {"class 003", "class 007"} <= {*names}
+    assert texts[names.index("class 003"), names.index("class 007")] == "10"
+    matrix = interp.confusion_matrix()
+    shown = [interp.vocab.index(name) for name in names]
+    for (row, column), text in texts.items():
+        assert int(text or 0) == matrix[shown[row], shown[column]]
+    if count > 25:
+        assert (axes[0].images[0].get_array() == matrix).all()
+    check_figure()
+
+
+def test_the_confusion_of_a_thousand_classes_is_not_quadratic_in_texts():
+    """By the number of texts and not by the clock: the matrix has a million cells."""
+    plot_confusion(of_classes(1000))
+    assert len(plt.gcf().findobj(matplotlib.text.Text)) < 1000
+    plt.close()
 
 
 def test_curves_plot():
@@ -78,6 +211,17 @@ def test_curves_plot():
 
 def test_confusion_plot(interp):
     plot_confusion(interp)
+    check_figure()
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_curves_of_few_epochs(tmp_path, epochs):
+    for name in ("history.csv", "batches.csv"):
+        rows = (ROOT / "results/cifar10-assignment" / name).read_text().splitlines()
+        steps = 97 if name == "batches.csv" else 1
+        (tmp_path / name).write_text("\n".join(rows[: 1 + epochs * steps]))
+    plot_curves(tmp_path)
+    assert plt.gcf()._suptitle.get_text().endswith(f"after {epochs} epoch{'s' * (epochs > 1)}")
     check_figure()
 
 

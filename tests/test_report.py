@@ -1,4 +1,6 @@
-"""The report names what the model confuses."""
+"""The report names every class in full, and what the model confuses."""
+
+import copy
 
 from cifar10.report import markdown_report
 
@@ -7,3 +9,19 @@ def test_report_names_the_most_confused_pair(interp):
     text = markdown_report(interp)
     actual, predicted, count = interp.most_confused()[0]
     assert f"| {actual} | {predicted} | {count} |" in text and f"{interp.accuracy:.2%}" in text
+
+
+def test_report_keeps_whole_names_and_numbers_the_classes(interp):
+    other = copy.copy(interp)
+    other.vocab = [f"class {i} | " + "name " * 20 for i in range(10)]
+    other.learn = copy.copy(interp.learn)
+    other.learn.dls = copy.copy(interp.learn.dls)
+    lines = markdown_report(other).splitlines()
+    assert len([line for line in lines if line.startswith("| 3 | ")]) == 1
+
+
+def test_report_of_a_perfect_model_has_no_empty_table(interp):
+    perfect = copy.copy(interp)
+    perfect.targs = interp.decoded
+    text = markdown_report(perfect)
+    assert "100.00%" in text and "predicted" not in text
