@@ -143,7 +143,7 @@ def test_any_class_names(interp, names):
 
 def test_shortened_names():
     assert shorten_middle("automobile", 11) == "automobile" and width("automobile") + len("predicted:  (100%)") <= 29
-    assert shorten_middle("tomato yellow leaf curl virus", 15) == "tomato …l virus"
+    assert shorten_middle("tomato yellow leaf curl virus", 15) == "tomato…l virus"
     assert shorten_middle("猫" * 9, 9) == "猫猫…猫猫"
     assert wrap("yellow leaf curl", 8) == ["yellow", " leaf cu", "rl"]
     alike = display_names(["a" * 30 + "1" + "b" * 30, "a" * 30 + "2" + "b" * 30, "cat"], 12)
