@@ -23,7 +23,10 @@ def main(
         raise UserError(f"{run} is not a finished run; finish it with {finished.resume_command('train.py')}")
     if tta and not recipe.flip:
         raise UserError(f"{run} was trained without flips, so flip TTA would not help; leave out --tta")
-    model = ResNet(**finished.model_args)
+    try:
+        model = ResNet(**finished.model_args)
+    except (TypeError, ValueError) as reason:
+        raise UserError(f"{run}/config.json does not describe a model ({reason})") from None
     finished.load_weights(model)
     stats = finished.mean, finished.std
     images = ImageTable.open(data or options.data, options.skip_broken)

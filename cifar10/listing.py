@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import groupby, pairwise
 from pathlib import Path
 from unicodedata import normalize
 
@@ -46,8 +46,8 @@ def list_folder(folder: Path) -> Listing:
             listing.files += files
             listing.splits += [split] * len(files)
             listing.labels += [label] * len(files)
-    for one, other in combinations(sorted(classes["train"]), 2) if len(classes["train"]) <= 1000 else ():
-        if simplified(one) == simplified(other):
+    for _, alike in groupby(sorted(classes["train"], key=simplified), key=simplified):
+        for one, other in pairwise(alike):
             listing.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
     for split in present:
         if split not in used:

@@ -375,6 +375,12 @@ def test_configs(run, script, change, says):
     refused(*(["--resume"] if script == "train.py" else []), "run", cwd=run.parent, script=script, says=says)
 
 
+def test_a_config_of_another_model(run):
+    change_config(run, lambda config: config["model"].update(depth=3))
+    finish(run)
+    refused("run", cwd=run.parent, script="interpret.py", says="config.json does not describe a model (")
+
+
 @pytest.mark.parametrize("content", ["{", "", "[]", "null", "[" * 100_000, "\ud800"])
 def test_config_that_is_none(run, content):
     (run / "config.json").write_text(content, errors="surrogatepass")
