@@ -75,7 +75,9 @@ class ResNet(nn.Module):
         return self.fc(x) * self.logit_scale
 
 
-def split_by_depth(model: ResNet) -> list[list[nn.Parameter]]:
-    """Parameter groups for fastai's `freeze` and discriminative learning rates: prep, layers, head."""
-    parts = [model.prep], [model.layer1, model.layer2, model.layer3], [model.fc]
-    return [[p for module in part for p in module.parameters()] for part in parts]
+def split_by_depth(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameter groups for fastai's `freeze` and discriminative learning rates: prep, layers, head and all the rest."""
+    groups: list[list[nn.Parameter]] = [[], [], []]
+    for name, p in model.named_parameters():
+        groups[{"prep": 0, "layer1": 1, "layer2": 1, "layer3": 1}.get(name.split(".")[0], 2)].append(p)
+    return [group for group in groups if group]

@@ -32,12 +32,12 @@ from model import ResNet, split_by_depth
 
 
 def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", skip_broken=False,
-            **changes) -> DataLoaders:  # fmt: skip
+            bs: int | None = None, **changes) -> DataLoaders:  # fmt: skip
     """DataLoaders of `data` with the assignment's three transforms, and with `changes` to the recipe: `flip=False`."""
     images = ImageTable.open(data, skip_broken)
     if isinstance(recipe, str):
         recipe = Options(recipe=recipe, valid=valid).resolve(images)
-    recipe = replace(recipe, **changes)
+    recipe = replace(recipe, **changes | ({"batch_size": bs} if bs else {}))
     transforms = [
         RandomCrop(SIZE, padding=recipe.crop_padding, pad_mode=recipe.crop_mode),
         *([FlipLR()] if recipe.flip else []),
@@ -46,11 +46,11 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
     return cifar10.data.get_dls(images, transforms, recipe.batch_size, valid, device)
 
 
-def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64, precision="auto") -> Learner:
-    """A Learner that trains the ResNet on `dls`, as the recipe says."""
+def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64, precision="auto", **kw) -> Learner:
+    """A Learner that trains the ResNet on `dls`, as the recipe says; `kw` are other arguments of fastai's Learner."""
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
-    return cifar10.learner.get_learner(dls, model, recipe, precision, splitter=split_by_depth)
+    return cifar10.learner.get_learner(dls, model, recipe, precision, **dict(splitter=split_by_depth) | kw)
 
 
 def fit(learn: Learner, recipe: Recipe, cbs=(), done: int = 0):

@@ -16,7 +16,7 @@ from torch import nn
 
 from cifar10 import cli
 from cifar10.files import write_json
-from cifar10.optim import Muon, param_groups_weight_decay
+from cifar10.optim import Muon
 from cifar10.recipes import ASSIGNMENT
 from cifar10.run import collect_env
 from model import ResNet
@@ -67,8 +67,10 @@ def plain_step(batch: tuple, classes: int, width: int, precision: str):
     device = batch[0].device
     model = ResNet(classes, width=width).to(device, memory_format=torch.channels_last).train()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    groups = param_groups_weight_decay(model, ASSIGNMENT)
-    optimizer = Muon(groups, lr=0.01, momentum=ASSIGNMENT.momentum, ns_steps=ASSIGNMENT.ns_steps, dtype=dtype)
+    optimizer = Muon(
+        model.parameters(), lr=0.01, momentum=ASSIGNMENT.momentum, weight_decay=ASSIGNMENT.weight_decay,
+        lr_scale=ASSIGNMENT.muon_lr_scale, ns_steps=ASSIGNMENT.ns_steps, dtype=dtype,
+    )  # fmt: skip
     loss_func = nn.CrossEntropyLoss(label_smoothing=ASSIGNMENT.label_smoothing)
 
     def step():

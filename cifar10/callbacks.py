@@ -11,7 +11,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
 from fastcore.foundation import L
 from fastprogress.fastprogress import format_time
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 from cifar10.cli import UserError
@@ -35,7 +35,10 @@ class SmoothLoss(AvgSmoothLoss):
 
 
 class Progress(ProgressCallback):
-    """fastai's progress bar, but on a GPU it shows the loss only now and then."""
+    """fastai's progress bar and table. On a GPU, the loss is shown only now and then.
+
+    The table also shows the accuracy on the training images and the learning rate, and counts epochs from 1.
+    """
 
     def after_batch(self):
         if should_sync(self.dls.device, self.iter):
@@ -43,17 +46,23 @@ class Progress(ProgressCallback):
         else:
             self.pbar.update(self.iter + 1)
 
+    def _write_stats(self, log):
+        if log[0] == "epoch":
+            epoch, extra = "epoch", EpochRecorder.EXTRA
+        else:
+            epoch, extra = log[0] + 1, self.recorder.extra[-1] if self.recorder.extra else [math.nan] * 2
+        super()._write_stats([epoch, *log[1:-1], *extra, log[-1]])
+
 
 class EpochRecorder(Recorder):
-    """fastai's Recorder: `values` holds train loss, valid loss and metrics of each epoch. Two things more follow them:
-    the metrics on the training images, under names like train_accuracy, and the learning rate.
+    """fastai's Recorder, whose train loss is the mean over the epoch, so that it is comparable to the valid loss.
 
-    The train loss is the mean over the epoch, not the smoothed one, so that it is comparable to the valid loss.
-    `step_losses` holds the loss of each step, `seconds` the duration of each epoch. Epochs count from 1. An epoch that
-    is skipped, because it was trained before (`start_epoch`), leaves no row; one without validation has NaN there.
+    `extra` holds the accuracy on the training images and the last learning rate of each epoch, `seconds` its duration,
+    and `step_losses` the loss of each step. An epoch that is skipped, because it was trained before (`start_epoch`),
+    leaves no row; what was not computed is NaN.
     """
 
-    name = "recorder"
+    name, EXTRA = "recorder", ("train_accuracy", "lr")
 
     def __init__(self):
         super().__init__()
@@ -61,47 +70,51 @@ class EpochRecorder(Recorder):
 
     def before_fit(self):
         super().before_fit()
-        self.metric_names = self.metric_names[:-1] + self.metrics.attrgot("name").map("train_{}") + L("lr", "time")
-        self.step_losses, self.seconds = [], []  # of each step; of each epoch with validation
+        self.step_losses, self.seconds, self.extra = [], [], []  # of each step; of each epoch with validation
         self.train_seconds = 0.0  # of all epochs, without validation
 
     def before_epoch(self):
         super().before_epoch()
-        self.log, self.skipped, self.trained = L(self.epoch + 1), False, None
-        self.validated = L(math.nan) * (1 + len(self.metrics))
+        self.started, self.in_training, self.skipped = time.time(), False, False
 
     def after_cancel_epoch(self):
-        self.skipped = self.trained is None
+        self.skipped = not self.in_training
 
     def before_train(self):
-        self.trained = L(math.nan) * (2 + len(self.metrics))  # until the epoch is complete
         for metric in self._train_mets:
             metric.reset()
-        self.start_train = time.time()
+        self.in_training, self.correct, self.seen, self.start_train = True, 0, 0, time.time()
 
     def after_batch(self):
         if self.training and self.yb:
             self.smooth_loss.accumulate(self.learn)
             self.step_losses.append(self.learn.loss.detach())
+            self.count_correct(getattr(self.learn, "pred", None), self.yb[0])
         super().after_batch()
+
+    def count_correct(self, pred, y):
+        """Only of logits and classes: a callback may have put something else in their place."""
+        if isinstance(pred, Tensor) and isinstance(y, Tensor) and pred.ndim == 2 and y.shape == pred.shape[:1]:
+            self.correct = self.correct + (pred.argmax(dim=1) == y).sum()
+            self.seen += len(y)
 
     def after_train(self):
         super().after_train()  # reads the sums, so that a GPU is done
-        if len(self.log) > 1:  # not cancelled
-            self.trained = self.log[1:] + L(float(self.opt.hypers[-1]["lr"]))
-        self.log = self.log[:1]
+        if self.cancel_train:
+            self.log.append(math.nan)
+        accuracy = float(self.correct) / self.seen if self.seen else math.nan
+        self.extra.append([accuracy, float(self.opt.hypers[-1]["lr"])])
         self.train_seconds += time.time() - self.start_train
         self.fetch_losses()
 
     def after_validate(self):
         super().after_validate()
-        self.log, self.validated = self.log[:1], self.log[1:] or self.validated
+        if self.cancel_valid:
+            self.log += [math.nan] * (1 + len(self.metrics))
 
     def after_epoch(self):
         if not self.skipped:
-            trained = self.trained or L()  # nothing in `learn.validate()`
-            self.log += trained[:1] + self.validated + trained[1:]
-            self.seconds.append(time.time() - self.start_epoch)
+            self.seconds.append(time.time() - self.started)
             super().after_epoch()
 
     def after_fit(self):
@@ -115,7 +128,9 @@ class EpochRecorder(Recorder):
 
     @property
     def _train_mets(self):
-        return L() if getattr(self, "cancel_train", False) else L(self.train_loss) + self.metrics
+        if getattr(self, "cancel_train", False):
+            return L()
+        return L(self.train_loss) + (self.metrics if self.train_metrics else L())
 
 
 class GradientValueClip(Callback):

@@ -39,6 +39,7 @@ def state_dict(learn: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
         loaders=[loader.rng.getstate() for loader in loaders],
         scaler=learn.scaler.state_dict() if getattr(learn, "scaler", None) else {},  # fp16 only
         values=[list(row) for row in recorder.values],
+        extra=recorder.extra,
         seconds=recorder.seconds,
         train_seconds=recorder.train_seconds,
     )
@@ -70,6 +71,7 @@ def load_state_dict(learn: Learner, tensors: dict[str, Tensor], state: dict[str,
     recorder.lrs = tensors["lrs"].tolist()
     recorder.step_losses = list(tensors["losses"].to(learn.dls.device))
     recorder.values, recorder.seconds = [L(row) for row in state["values"]], state["seconds"]
+    recorder.extra = state["extra"]
     recorder.train_seconds = state["train_seconds"]
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
-from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, IndexSplitter, Normalize, TfmdDL
+from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, IndexSplitter, Normalize, TfmdDL, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.data import ImageBlock
 from torch import Tensor
@@ -28,21 +30,28 @@ class TensorDL(TfmdDL):
         super().__init__(dataset, num_workers=0, **kwargs)  # nothing is left to do for workers
         self.fake_l.generator = torch.Generator()  # or PyTorch would draw a seed for workers from the global one
         self.table, self.ranges = table, table.ranges if table else ranges
-        inputs, targets = dataset.tls[: dataset.n_inp], dataset.tls[dataset.n_inp :]
+        if not hasattr(dataset, "tls"):  # any other data set of (image, class) pairs
+            inputs, *classes = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+            self.set_images(inputs, classes)
+            return
+        targets: list = dataset.tls[dataset.n_inp :]
         try:
             rows = [table.row[item] for item in dataset.items] if table else []
         except (KeyError, TypeError):  # not in the table, or not a path
             rows = []
         if table and rows:
-            self.pixels, self.rows = table.pixels, torch.tensor(rows)
-            numbers = [labels.vocab.o2i for labels in targets]
-            targets = [[number[table.labels[row]] for row in rows] for number in numbers]
-        else:
-            decoded = [decode_image(item, self.ranges) for item in inputs[0]]
-            self.pixels = torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, SIZE, SIZE))
-            self.rows = torch.arange(len(dataset))
-            targets = [[int(label) for label in labels] for labels in targets]
-        self.targets = [torch.tensor(target) for target in targets]
+            numbers = [tl.vocab.o2i for tl in targets]
+            self.set_images(table.pixels, [[number[table.labels[row]] for row in rows] for number in numbers], rows)
+        else:  # the items themselves, because fastai's PILImage would lose what `decode_image` looks after
+            self.set_images(dataset.tls[0].items if len(dataset) else [], targets)
+
+    def set_images(self, images, targets, rows=None):
+        """Decoded pixels, of which there are `rows`, or images that are still to be decoded; and their classes."""
+        if rows is None:
+            decoded = [decode_image(item, self.ranges) for item in images]
+            images = torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, SIZE, SIZE))
+        self.pixels, self.rows = images, torch.arange(len(images)) if rows is None else torch.tensor(rows)
+        self.targets = [torch.tensor([int(label) for label in labels]) for labels in targets]
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is not None and not len(dataset):  # for `learn.export`: the exported file holds no images
@@ -54,11 +63,18 @@ class TensorDL(TfmdDL):
         return torch.tensor(idxs)[torch.randperm(len(idxs), generator=order)].tolist()
 
     def create_batches(self, samps) -> Iterator[tuple]:
-        """Batches of the images numbered `samps`. All go to the device at once, because a copy synchronizes."""
-        idxs = list(islice(samps, self.n))
-        end = len(idxs) // self.bs * self.bs if self.drop_last else len(idxs)
-        for batch in torch.tensor(idxs[:end], device=self.device).split(self.bs) if end else ():
-            yield self.batch(batch)
+        """Batches of the images numbered `samps`. Those of an epoch go to the device at once: a copy synchronizes.
+
+        Raises `UserError` if there are transforms that would be left out.
+        """
+        steps = [step for when in (self.after_item, self.before_batch) for step in getattr(when, "fs", [when])]
+        if other := [step for step in steps if not isinstance(step, ToTensor)]:
+            raise UserError(f"{other[0]} is for single images, which don't occur here; use a batch transform instead")
+        samps, epoch = iter(samps), -(-self.n // self.bs) * self.bs
+        while idxs := list(islice(samps, epoch)):  # there may be more, even without end
+            for batch in torch.tensor(idxs, device=self.device).split(self.bs):
+                if len(batch) == self.bs or not self.drop_last:
+                    yield self.batch(batch)
 
     def batch(self, indices: Tensor) -> tuple:
         """Images uint8 `(n, 3, 32, 32)`, and labels int64 `(n,)` if the data set has them, on the device."""
@@ -70,17 +86,16 @@ class TensorDL(TfmdDL):
         return to_detach(b, cpu and not (isinstance(b, Tensor) and b.ndim == 0), gather)
 
 
-class Labels:
-    """`get_y` of the DataBlock: a file's class. An exported Learner keeps no file names."""
+class ClassOf:
+    """`get_y` of the DataBlock: the class of a file below `folder/<split>/<class>/`, or else its folder's name."""
 
-    def __init__(self, table: ImageTable):
-        self.table = table
+    def __init__(self, folder: Path):
+        self.folder, self.__name__ = folder, "class_of"  # fastai can't pickle a function without a name
 
     def __call__(self, file) -> str:
-        return self.table.labels[self.table.row[file]]
-
-    def __getstate__(self):
-        return {}
+        path = Path(file).absolute()
+        inside = path.parts[len(self.folder.parts) :] if path.is_relative_to(self.folder) else ()
+        return normalize("NFC", inside[1] if len(inside) > 2 else path.parent.name)
 
 
 def get_device(device: str) -> torch.device:
@@ -105,7 +120,7 @@ def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", s
         blocks=(ImageBlock, CategoryBlock(vocab=images.classes)),
         get_items=lambda images: [images.files[row] for row in rows],
         splitter=IndexSplitter(np.searchsorted(rows, held_out).tolist()),
-        get_y=Labels(images),
+        get_y=ClassOf(images.folder),
         batch_tfms=[*tfms, Normalize.from_stats(*(stats or images.stats(train)))],
         dl_type=TensorDL,
     )

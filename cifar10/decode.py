@@ -15,6 +15,7 @@ from cifar10.cli import UserError
 
 SIZE = 32  # pixels along each side, as in CIFAR-10
 MIN_SIDE = 4  # pixels; a smaller image is a mistake
+OVERSHOOT = 0.1  # of floats from 0 to 1 that were resized
 Image.init()
 # What Pillow opens, but for formats that it only recognizes, videos and vector graphics.
 FORMATS = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS"}
@@ -48,7 +49,8 @@ def decode(item, ranges: ValueRanges) -> tuple[np.ndarray, tuple[str, float, flo
             image = to_8_bits(image, *(ranges.get(used[0]) or full_range(*used)))
         if image.has_transparency_data:
             image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.getchannel("A").getextrema() != (0, 0):  # otherwise nothing at all would be seen
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     except Exception as reason:  # Pillow's plugins fail on damaged files in many ways
         # Without the name, which Pillow's message may hold again.
@@ -69,9 +71,14 @@ def read_image(item) -> Image.Image | np.ndarray:
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow keeps 8 of a color's 16 bits
     if deep and image.format == "PNG":
         return read_16_bit_png(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    bits, signed, white_is_0 = tags.get(258, (8,))[0], tags.get(339, (1,))[0] == 2, tags.get(262) == 0
+    if (bits == 8 and signed) or (bits > 8 and white_is_0):
+        raise ValueError("this kind of TIFF file is not supported, save it as PNG")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        return np.asarray(image)[..., None]
+        values = np.asarray(image)[..., None]
+        return values.view(np.uint32) if values.dtype == np.int32 and tags and not signed else values
     if deep:
         return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")).astype(np.uint16) * 257
     return image
@@ -82,15 +89,15 @@ def read_array(item: Tensor | np.ndarray) -> Image.Image | np.ndarray:
     values = item.detach().cpu().numpy() if isinstance(item, Tensor) else item
     if values.ndim == 2:
         values = values[..., None]
-    elif values.ndim == 3 and isinstance(item, Tensor):
+    elif values.ndim == 3 and isinstance(item, Tensor) and len(values) <= 4:
         values = values.transpose(1, 2, 0)
     if values.ndim != 3 or values.shape[2] not in (1, 2, 3, 4) or not values.size:
         raise ValueError(f"its shape is {tuple(item.shape)}")
-    if not np.isfinite(values).all() or values.min() < 0:
+    if not np.isfinite(values).all() or values.min() < -OVERSHOOT:
         raise ValueError("its values must be from 0 to 255, or floats from 0 to 1")
-    if values.dtype != np.uint8 and values.max() <= 1 and values.dtype.kind in "fb":
-        values = values * 255.0
-    return as_image(values.round() if values.dtype.kind == "f" else values) if values.max() <= 255 else values
+    if values.dtype.kind in "fb":
+        values = (values * (255.0 if values.max() <= 1 + OVERSHOOT else 1.0)).clip(0, 255).round()
+    return as_image(values) if values.max() <= 255 else values
 
 
 def read_16_bit_png(image: Image.Image) -> np.ndarray:
@@ -124,6 +131,8 @@ def full_range(kind: str, lowest: float, highest: float) -> tuple[float, float]:
     For example, the 12 bits of a camera are stored in 16. Negative values, and floats that are all small, follow no
     such convention and are scaled from the lowest to the highest.
     """
+    if kind == "float" and lowest >= -OVERSHOOT and 0.5 < highest <= 1 + OVERSHOOT:
+        return 0, 1
     if lowest < 0 or (kind == "float" and highest <= 0.5):
         return min(lowest, 0), highest
     return 0, 1 if highest <= 1 else 2 ** max(8, int(highest).bit_length()) - 1

@@ -60,11 +60,11 @@ class ImageTable:
         train = [row for row, split in enumerate(self.split) if split == "train"]
         if lost := {*self.classes} - {self.labels[row] for row in train}:
             raise UserError(f"no image of {enumerate_names(lost)} in {folder}/train can be used; repair or remove it")
-        if one_color := state["one_color"]:
-            which = enumerate_names(str(self.files[row].relative_to(folder)) for row in one_color)
-            notes.append(f"{len(one_color):,} of {len(self.files):,} images show one color only: {which}")
-            if {*one_color} >= {*train}:
-                raise UserError(f"{notes[-1]}; nothing can be learned from them, check how the files were made")
+        for what, rows in state["found"].items():
+            names = [str(self.files[row].relative_to(folder)) for row in rows]
+            notes.append(f"{len(rows):,} of {len(self.files):,} images {what}: {enumerate_names(names)}")
+            if {*rows} >= {*train} and (self.pixels[train] == self.pixels[train[0]]).all():
+                raise UserError(f"{notes[-1]}; all are the same, check how the files were made")
         for note in notes:
             print(f"{self.name}: {note}")
 
@@ -124,17 +124,42 @@ class ImageTable:
             array[list(used)] = decode_files([listing.files[i] for i in used], ranges).pixels
         keep = [i for i in range(len(array)) if i not in broken]
         pixels = torch.from_numpy(array[keep] if broken else array)
-        darkest, brightest = pixels.flatten(2).aminmax(dim=2)
-        names = "\n".join(f"{listing.splits[i]}/{listing.labels[i]}" for i in keep)
-        digest = hashlib.sha256(names.encode(errors="surrogateescape"))
+        places = [(listing.splits[i], listing.labels[i]) for i in keep]
+        digest = hashlib.sha256("\n".join(map("/".join, places)).encode(errors="surrogateescape"))
         digest.update(pixels.numpy().data)
+        found = suspicious(pixels, places)
+        for kind, (low, high) in ranges.items():
+            dark = {i for i, (other, _, top) in used.items() if other == kind and top - low < (high - low) / 10}
+            if 2 * len(dark) > sum(other == kind for other, *_ in used.values()):
+                what = f"use less than a tenth of the range from {low:g} to {high:g}"
+                found[what] = [row for row, i in enumerate(keep) if i in dark]
         state = dict(
             fingerprint=self.fingerprint, sha256=digest.hexdigest(), ranges=ranges, broken=list(broken.items()),
-            one_color=(darkest == brightest).all(dim=1).nonzero().flatten().tolist(),
+            found=found,
         )  # fmt: skip
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(self.cache, {"pixels": pixels}, **state)
         return pixels, state
+
+
+def suspicious(pixels: Tensor, places: list[tuple[str, str]]) -> dict[str, list[int]]:
+    """What may be wrong with images, and with which rows; `places` are the split and class of each."""
+    darkest, brightest = pixels.flatten(2).aminmax(dim=2)
+    one_color = (darkest == brightest).all(dim=1)
+    classes: dict[bytes, set[str]] = {}  # of each training image
+    content = [hashlib.sha256(row.data).digest() for row in pixels.numpy()]
+    for row, (split, label) in enumerate(places):
+        if split == "train" and not one_color[row]:
+            classes.setdefault(content[row], set()).add(label)
+    known = [(row, split, classes.get(content[row], ())) for row, (split, _) in enumerate(places)]
+    found = {
+        "show one color only": one_color.nonzero().flatten().tolist(),
+        "are for validation, but among the training images, too": [
+            row for row, split, same in known if split != "train" and same
+        ],
+        "are in two classes of train": [row for row, split, same in known if split == "train" and len(same) > 1],
+    }
+    return {what: rows for what, rows in found.items() if rows}
 
 
 class Decoded(NamedTuple):
@@ -175,7 +200,8 @@ def fingerprint(listing: Listing, folder: Path) -> str:
     for file, split, label in zip(listing.files, listing.splits, listing.labels, strict=True):
         try:
             stat = file.stat()
-            lines.append(f"{split}/{label} {file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}")
+            times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"  # of the content, and of the content or name
+            lines.append(f"{split}/{label} {file.relative_to(folder)} {stat.st_size} {times}")
         except OSError as reason:  # a link to nowhere, for example; decoding will tell
             lines.append(f"{split}/{label} {file.relative_to(folder)} {reason.errno}")
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

@@ -50,20 +50,20 @@ class Interpretation(ClassificationInterpretation):
     `preds` are probabilities `(N, classes)`, `targs` the actual and `decoded` the predicted classes, int64 `(N,)`.
     """
 
-    def __init__(self, learn: Learner, dl=None):
+    def __init__(self, learn: Learner, dl=None, act=None):
         dl = learn.dls.valid if dl is None else dl
-        self.preds, targs, losses = learn.get_preds(dl=dl, with_loss=True)
+        self.preds, targs, losses = learn.get_preds(dl=dl, with_loss=True, act=act)
         self.targs, self.decoded = torch.as_tensor(targs), self.preds.argmax(dim=1)
-        super().__init__(learn, dl, losses)
-        self.vocab = [printable(label) for label in learn.dls.vocab]
+        super().__init__(learn, dl, losses, act)
+        self.names = [printable(label) for label in self.vocab]
 
     @classmethod
-    def from_learner(cls, learn: Learner, ds_idx: int = 1, dl=None) -> "Interpretation":
+    def from_learner(cls, learn: Learner, ds_idx: int = 1, dl=None, act=None) -> "Interpretation":
         """As in fastai: of the DataLoader `dl`, or of the training (0) or validation images (1)."""
-        return cls(learn, learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl)
+        return cls(learn, learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl, act)
 
     def confusion_matrix(self) -> np.ndarray:
-        return skm.confusion_matrix(self.targs, self.decoded, labels=range(len(self.vocab)))
+        return skm.confusion_matrix(self.targs, self.decoded, labels=range(len(self.names)))
 
     @property
     def accuracy(self) -> float:

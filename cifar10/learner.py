@@ -2,24 +2,25 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import CastToTensor
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, Learner, OptimWrapper, accuracy, trainable_params
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, Learner, accuracy
 from torch import nn
 
 from cifar10.callbacks import EpochRecorder, GradientValueClip, L1Penalty, Progress, ProgressiveResize
 from cifar10.cli import UserError
-from cifar10.optim import Muon
+from cifar10.optim import LiveOptimWrapper, Muon
 from cifar10.recipes import Recipe
 
 
 class CPUMixedPrecision(MixedPrecision):
     """bfloat16 on the CPU: fastai's own callback autocasts on CUDA only."""
+
+    name = "mixed_precision"  # by which `load_learner` finds and removes it
 
     def __init__(self):
         super().__init__(amp_mode="bf16")
@@ -65,32 +66,28 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
     return [CPUMixedPrecision()]
 
 
-def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", path=None,
-                splitter: Callable = trainable_params) -> Learner:  # fmt: skip
-    """A fastai Learner that trains `model` on `dls` with cross-entropy, as `recipe` says, in the folder `path`.
+def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", cbs=(),
+                **kwargs) -> Learner:  # fmt: skip
+    """A fastai Learner that trains `model` on `dls` with cross-entropy, as `recipe` says.
 
     `precision` is "auto" (the fastest), "fp32", "bf16" or "fp16". Raises `UserError` if the device does not have it.
-    `splitter` makes the parameter groups for fastai's `freeze` and discriminative learning rates.
+    `kwargs` are arguments of fastai's Learner, like `path` or `splitter`; they replace what the recipe says.
     """
     device = torch.device(dls.device)  # `dls.to("cpu")` makes it a string
     precision = resolve_precision(precision, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     optimizer = partial(
         Muon, momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
-        lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps, dtype=dtype,
+        lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )  # fmt: skip
     model = model.to(device)
     if device.type != "mps":
         model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
-    learn = Learner(
-        dls,
-        model,
+    settings = dict(
         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
-        opt_func=partial(OptimWrapper, opt=optimizer),
-        splitter=splitter,
+        opt_func=partial(LiveOptimWrapper, opt=optimizer),
         metrics=accuracy,
         moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
-        path=path,
         default_cbs=False,
         cbs=[
             *(TrainEvalCallback(), EpochRecorder(), CastToTensor(), Progress()),
@@ -98,7 +95,9 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
             *([GradientValueClip(recipe.clip)] if recipe.clip else []),
             *([L1Penalty(recipe.l1)] if recipe.l1 else []),
             *([ProgressiveResize(recipe)] if len(recipe.sizes) > 1 else []),
+            *L(cbs),
         ],
     )
+    learn = Learner(dls, model, **(settings | kwargs))
     learn.precision = precision
     return learn

@@ -10,8 +10,9 @@ from unicodedata import normalize
 
 from cifar10.cli import UserError
 from cifar10.decode import IMAGE_SUFFIXES, printable
+from cifar10.sources import is_hidden
 
-SECOND_SPLITS = ("test", "valid", "val")  # the first one with classes is validated on
+SECOND_SPLITS = ("test", "valid", "val", "validation")  # the first one with classes is validated on
 MAX_NAMES = 20  # in a message
 
 
@@ -39,7 +40,7 @@ def list_folder(folder: Path) -> Listing:
     others = [split for split in present if split != "train"]
     second = [split for split in others if classes[split].keys() & classes["train"].keys()]
     used = ["train", *(second or [split for split in others if classes[split]])[:1]]
-    check_classes(folder, {split: classes[split] for split in used})
+    check_classes(folder, {split: classes[split] for split in used}, ignored)
     listing = Listing()
     for split in used:
         for label, files in classes[split].items():
@@ -49,24 +50,33 @@ def list_folder(folder: Path) -> Listing:
     for _, alike in groupby(sorted(classes["train"], key=simplified), key=simplified):
         for one, other in pairwise(alike):
             listing.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
+    if missing := [name for name in classes["train"] if used[1:] and name not in classes[used[1]]]:
+        listing.notes.append(f"{used[1]}/ has no images of {enumerate_names(missing)}, so that they can't be judged")
+    if nested := sum(len(file.relative_to(folder).parts) > 3 for file in listing.files):
+        listing.notes.append(f"{nested:,} images are in folders within a class, and belong to it")
     for split in present:
         if split not in used:
             why = f"{used[1]}/ is" if split in second else "it has none of train's classes"
             why = why if classes[split] else "its files have no class folders"
             listing.notes.append(f"{split}/ is not used: {why}")
     if found := sum((ignored[split] for split in used), Counter()):
-        kinds = ", ".join(f"{count} {kind}" for kind, count in found.most_common())
-        listing.notes.append(f"{found.total():,} file{'s' * (found.total() > 1)} ignored: {kinds}")
+        listing.notes.append(f"{found.total():,} file{'s' * (found.total() > 1)} ignored: {kinds(found)}")
     return listing
+
+
+def kinds(ignored: Counter) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in ignored.most_common())
 
 
 def list_classes(split: Path, ignored: Counter) -> dict[str, list[Path]]:
     """Class → its images, both by name. Names that differ by Unicode normalization only are the same class."""
     classes: dict[str, list[Path]] = {}
     for entry in sorted(split.iterdir()):
-        if not entry.is_dir():
-            ignored["hidden" if entry.name.startswith(".") else f"directly in {split.name}/"] += 1
-        elif not entry.name.startswith("."):
+        if is_hidden(entry.name):
+            ignored["hidden"] += 1
+        elif not entry.is_dir():
+            ignored[f"directly in {split.name}/"] += 1
+        else:
             classes.setdefault(normalize("NFC", entry.name), []).extend(list_images(entry, ignored))
     return dict(sorted(classes.items()))
 
@@ -83,11 +93,11 @@ def list_images(folder: Path, ignored: Counter) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(real)
-        ignored["hidden"] += sum(name.startswith(".") for name in folders)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        ignored["hidden"] += sum(map(is_hidden, folders))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
+            if is_hidden(name):
                 ignored["hidden"] += 1
             elif suffix in IMAGE_SUFFIXES:
                 yield Path(path, name)
@@ -95,13 +105,15 @@ def list_images(folder: Path, ignored: Counter) -> Iterator[Path]:
                 ignored[printable(suffix) or "without a suffix"] += 1
 
 
-def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]]):
+def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]], ignored: dict[str, Counter]):
     """Raise `UserError` for classes that can't be learned; `classes` maps split → class → images."""
     train = classes["train"]
     if not any(train.values()):
         raise UserError(f"{folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
     if empty := [f"{split}/{name}" for split in classes for name, files in classes[split].items() if not files]:
-        raise UserError(f"{folder} has class folders without images: {enumerate_names(empty)}; add some or remove them")
+        other = kinds(sum((ignored[split] for split in classes), Counter())) or "no other files"
+        what = f"{folder} has class folders without images: {enumerate_names(empty)}"
+        raise UserError(f"{what}; add some or remove them (ignored: {other})")
     if len(train) == 1:
         raise UserError(f"{folder}/train holds images of one class only, {printable(*train)}; add another")
     for split, others in classes.items():

@@ -1,6 +1,7 @@
 """The optimizer: Muon for convolutions, SGD for all other parameters, in one class."""
 
 import torch
+from fastai.optimizer import OptimWrapper, set_item_pg
 from torch import Tensor
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, chosen to raise small singular values quickly
@@ -67,3 +68,23 @@ class Muon(torch.optim.Optimizer):
                     update = zeropower_via_newtonschulz(update.flatten(1), self.ns_steps, self.dtype).view_as(p)
                     scale = self.lr_scale * max(1, out / inputs) ** 0.5
                 p.add_(update * scale if scale != 1 else update, alpha=-lr)
+
+
+class LiveHypers(dict):
+    """Hyperparameters of a parameter group under fastai's names; what is assigned to them reaches the group."""
+
+    def __init__(self, values: dict, group: dict, names: dict):
+        super().__init__(values)
+        self.group, self.names = group, names
+
+    def __setitem__(self, name: str, value):
+        super().__setitem__(name, value)
+        set_item_pg(self.group, self.names.get(name, name), value)
+
+
+class LiveOptimWrapper(OptimWrapper):
+    """fastai's wrapper of PyTorch's optimizers, but callbacks like `ReduceLROnPlateau` can assign to `hypers`."""
+
+    @property
+    def hypers(self) -> list[LiveHypers]:
+        return [LiveHypers(values, group, self.bwd_map) for values, group in zip(super().hypers, self.opt.param_groups)]

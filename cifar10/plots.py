@@ -67,7 +67,7 @@ def drawable(plot):
 
     @wraps(plot)
     def with_fonts(interp: Interpretation):
-        fonts = fonts_for("".join(interp.vocab))[0]
+        fonts = fonts_for("".join(interp.names))[0]
         with plt.rc_context({"font.family": fonts, "text.parse_math": False}):  # a name may hold dollar signs
             plot(interp)
 
@@ -77,7 +77,7 @@ def drawable(plot):
 @drawable
 def plot_confusion(interp: Interpretation):
     """The confusion matrix with its counts; of many classes, the most confused ones, beside the whole in colors."""
-    matrix, names = interp.confusion_matrix(), np.array(display_names(interp.vocab, 24))
+    matrix, names = interp.confusion_matrix(), np.array(display_names(interp.names, 24))
     many = len(names) > MAX_CONFUSION
     figure, axes = plt.subplots(1, 1 + many, figsize=(17, 9.5) if many else (9, 9), layout="constrained", squeeze=False)
     if many:
@@ -129,7 +129,7 @@ def plot_misclassified(interp: Interpretation):
     If there are fewer than 20, the correctly classified ones follow that the model is least certain of.
     """
     shown = interp.hardest(N_MISCLASSIFIED)
-    names = display_names(interp.vocab, 22)
+    names = display_names(interp.names, 22)
     captions = ["\n".join(caption(interp, names, row, kind, 29) for kind in interp.kinds(row)) for row in shown]
     rows, lines = -(-len(shown) // 5), 1 + max(text.count("\n") for text in captions)
     figure, axes = plt.subplots(
@@ -164,7 +164,7 @@ def plot_grad_cam(interp: Interpretation):
     They are the predicted and the actual class, or the runner-up if both are the same.
     """
     rows = interp.hardest(N_GRADCAM)
-    names = display_names(interp.vocab, 26)
+    names = display_names(interp.names, 26)
     per_band = 5  # images side by side; more would be too small to see
     bands = -(-len(rows) // per_band)
     figure = plt.figure(figsize=(14, 6.4 * bands))

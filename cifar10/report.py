@@ -13,8 +13,7 @@ from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_miscl
 def per_class_accuracy(interp: Interpretation) -> dict[str, float | None]:
     """Class → the fraction of its images that are classified correctly; `None` for a class without images."""
     matrix = interp.confusion_matrix()
-    names = map(printable, interp.learn.dls.vocab)
-    return {name: matrix[i, i] / matrix[i].sum() if matrix[i].sum() else None for i, name in enumerate(names)}
+    return {name: matrix[i, i] / matrix[i].sum() if matrix[i].sum() else None for i, name in enumerate(interp.names)}
 
 
 def markdown_report(interp: Interpretation) -> str:
@@ -26,7 +25,7 @@ def markdown_report(interp: Interpretation) -> str:
         ("| actual | predicted | images |\n| --- | --- | ---: |", interp.most_confused(min_val=1)[:10]),
     ):
         if rows:
-            cells = ([str(cell).replace("|", r"\|") for cell in row] for row in rows)
+            cells = ([printable(cell).replace("|", r"\|") for cell in row] for row in rows)
             lines += ["", header, *(f"| {' | '.join(row)} |" for row in cells)]
     return "\n".join(lines) + "\n"
 

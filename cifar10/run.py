@@ -27,11 +27,7 @@ from cifar10.options import Options
 from cifar10.recipes import Recipe
 
 FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when older code can't read the new files
-# Columns of history.csv, and what the Recorder calls them.
-HISTORY = {
-    "lr": "lr", "train_loss": "train_loss", "train_accuracy": "train_accuracy", "valid_loss": "valid_loss",
-    "valid_accuracy": "accuracy",
-}  # fmt: skip
+HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
@@ -151,12 +147,12 @@ class Run:
     def write_history(self, learn: Learner):
         """history.csv, a row per epoch, and batches.csv, a row per step."""
         recorder, steps = learn.recorder, len(learn.dls.train)
-        epochs = [dict(zip(recorder.metric_names[1:], values)) for values in recorder.values]
+        epochs = enumerate(zip(recorder.values, recorder.extra, recorder.seconds), start=1)
         rows = [
-            (epoch, *(values[name] for name in HISTORY.values()), round(seconds, 3))
-            for epoch, (values, seconds) in enumerate(zip(epochs, recorder.seconds), start=1)
+            (epoch, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, round(seconds, 3))
+            for epoch, ((train_loss, valid_loss, valid_accuracy), (train_accuracy, lr), seconds) in epochs
         ]
-        write_csv(self.path / "history.csv", ["epoch", *HISTORY, "seconds"], rows)
+        write_csv(self.path / "history.csv", HISTORY, rows)
         losses = zip(recorder.lrs, torch.stack(recorder.step_losses).tolist())
         batches = [(step + 1, step // steps + 1, float(lr), loss) for step, (lr, loss) in enumerate(losses)]
         write_csv(self.path / "batches.csv", ["step", "epoch", "lr", "loss"], batches)

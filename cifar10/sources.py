@@ -8,6 +8,7 @@ import tarfile
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ CIFAR10_IMAGES = 60_000
 TIMEOUT = 20  # seconds to wait for an answer from the network
 # Training on the digits takes a few epochs only, and a digit's mirror image is not a digit.
 DIGITS_DEFAULTS = {"epochs": 6, "flip": False}
+BATCHES = "cifar-10-batches-py"  # torchvision's folder
 WAYS_TO_CIFAR10 = "connect to the network, or pass --data with a copy: a folder, cifar10.tgz or cifar-10-batches-py"
 
 
@@ -45,6 +47,8 @@ def prepare_data(data: str | Path) -> Source:
     image folder, of an archive of one (.tgz, .tar.gz, .zip), or of torchvision's `cifar-10-batches-py`.
     Raises `UserError` for a path that is none of these, and for `"cifar10"` if it is neither cached nor reachable.
     """
+    if data in ("cifar10", "digits") and Path(data).exists():
+        print(f"{data} is the data set of this name; for the {data} in this folder, pass ./{data}")
     if data in ("auto", "cifar10"):
         try:
             return Source(cifar10_folder(), "cifar10")
@@ -59,11 +63,13 @@ def prepare_data(data: str | Path) -> Source:
     try:
         path = Path(data).expanduser().resolve(strict=True)
         unpacked = unpack_once(path) if path.is_file() else path
-        for folder in (unpacked, *sorted(p for p in unpacked.iterdir() if p.is_dir())):
-            if folder.name == "cifar-10-batches-py":
-                return Source(convert_batches(folder), str(path))
-            if (folder / "train").is_dir():
-                return Source(folder, str(path))
+        inside = [p for p in sorted(unpacked.iterdir()) if p.is_dir() and not is_hidden(p.name)]
+        found = [p for p in (unpacked, *inside) if p.name == BATCHES or (p / "train").is_dir()]
+        if len(found) > 1 and found[0] != unpacked:
+            names = ", ".join(folder.name for folder in found)
+            raise UserError(f"{path} holds several data sets, {names}; pass the path of one of them")
+        if found:
+            return Source(convert_batches(found[0]) if found[0].name == BATCHES else found[0], str(path))
     except FileNotFoundError:
         raise UserError(f"there is no {data}; --data takes auto, cifar10, digits, or a folder or archive") from None
     except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
@@ -157,15 +163,31 @@ def unpack(archive: Path, folder: Path):
         elif zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zipped:
                 members = zipped.infolist()
+                for member in members:
+                    member.filename = clean_name(member)
                 check_members(((member.filename, member.file_size) for member in members), folder)
                 for member in members:
                     if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                         raise UserError(f"{member.filename!r} in it is neither a file nor a folder")
-                zipped.extractall(folder)
+                zipped.extractall(folder, members)
         else:
             raise UserError("it is neither a tar nor a zip archive; --data takes .tgz, .tar.gz and .zip")
     except Exception as reason:  # decompressors fail on damaged files in many ways
         raise UserError(f"{archive} can't be unpacked: {reason or type(reason).__name__}") from None
+
+
+def clean_name(member: zipfile.ZipInfo) -> str:
+    """The name of a member of a zip archive, whose writer may not have kept to the standard."""
+    name = member.filename
+    if not member.flag_bits & 0x800:  # not marked as UTF-8, but many programs write it nevertheless
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return name.replace("\\", "/")  # of Windows
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that people don't mean: hidden, or made by a system."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # of macOS and of Synology's servers
 
 
 def check_members(members: Iterable[tuple[str, int]], folder: Path):
@@ -180,9 +202,9 @@ def check_members(members: Iterable[tuple[str, int]], folder: Path):
 
 
 def cache_key(path: Path) -> str:
-    """Eight characters that change with the path, size and modification time of `path`."""
+    """Eight characters that change with the path, size and times of `path`."""
     stat = path.stat()
-    return short_hash(f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}")
+    return short_hash(f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}\n{stat.st_ctime_ns}")
 
 
 def short_name(name: str) -> str:

@@ -70,7 +70,9 @@ def dls(shapes):
 def small(dls, width: int = 4, precision: str = "fp32", path=None, **hyperparameters) -> Learner:
     """A Learner with a small model, in fp32 unless told otherwise, so that it learns the same on every machine."""
     recipe = replace(ASSIGNMENT, **hyperparameters)
-    return learners.get_learner(dls, ResNet(len(dls.vocab), width=width), recipe, precision, path, split_by_depth)
+    return learners.get_learner(
+        dls, ResNet(len(dls.vocab), width=width), recipe, precision, path=path, splitter=split_by_depth
+    )
 
 
 @pytest.fixture(scope="session")

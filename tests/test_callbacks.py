@@ -19,7 +19,7 @@ def test_rows_hold_the_means_over_the_images(dls):
     learn.fit_one_cycle(2, 0.01)
     recorder, values = learn.recorder, list(learn.recorder.values)
     assert list(recorder.metric_names) == [
-        "epoch", "train_loss", "valid_loss", "accuracy", "train_accuracy", "lr", "time",
+        "epoch", "train_loss", "valid_loss", "accuracy", "time",
     ]  # fmt: skip
     losses = torch.stack(recorder.step_losses)
     assert len(losses) == 6 and len(recorder.seconds) == 2

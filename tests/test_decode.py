@@ -1,5 +1,7 @@
 """Images become the pixels that a viewer shows: upright, on white, in the range of values that the files use."""
 
+import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -8,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_images
-from fastai.vision.all import PILImage
+from fastai.vision.all import PILImage, TensorImage, load_learner
 from PIL import Image
 
 from cifar10.cli import UserError
 from cifar10.decode import IMAGE_SUFFIXES, decode_image
 from cifar10.images import ImageTable
+from train import get_dls, get_learner
 
 METHODS = Image.Transpose
 # EXIF orientation → how an upright image is stored.
@@ -228,7 +231,7 @@ def test_images_of_one_color_are_named(tmp_path, capsys):
     table_of(tmp_path, tiff16(np.full((32, 32, 3), np.arange(96).reshape(32, 3) % 256, np.uint16)))  # all lost
     assert "set: 1 of 10 images show one color only: train/cross/0.png" in capsys.readouterr().out
     black = Image.new("RGB", (40, 40))
-    with pytest.raises(UserError, match=r"6 of 10 images show one color only: train/cross/0.png, .*; nothing can be"):
+    with pytest.raises(UserError, match=r"6 of 10 images show one color only: train/cross/0.png, .*; all are the same"):
         for file in (tmp_path / "set/train").rglob("*.png"):
             black.save(file)
         ImageTable(tmp_path / "set")
@@ -241,7 +244,7 @@ def test_images_of_one_color_are_named(tmp_path, capsys):
         (np.full((9, 9), 100), (100, 100, 100)),
         (np.full((9, 9), True), (255, 255, 255)),
         (np.full((9, 9, 3), (0.0, 0.2, 0.4)), (0, 51, 102)),
-        (np.full((9, 9, 4), (0, 0, 0, 0), np.uint8), (255, 255, 255)),
+        (np.full((9, 9, 4), (0, 0, 0, 1), np.uint8), (254, 254, 254)),
         (torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 9, 9), (10, 20, 30)),
         (torch.tensor([0.0, 0.2, 0.4]).view(3, 1, 1).expand(3, 9, 9), (0, 51, 102)),
         (torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1).expand(3, 9, 9), (10, 20, 30)),
@@ -273,3 +276,75 @@ def test_what_is_no_image(item, says):
 def test_suffixes():
     assert {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"} <= IMAGE_SUFFIXES
     assert not {".txt", ".h5", ".mpg", ".pdf", ".svg", ""} & IMAGE_SUFFIXES
+
+
+def test_floats_that_overshoot_by_resizing():
+    values = np.linspace(-1e-7, 1.05, 32, dtype=np.float32)[None].repeat(32, 0)
+    for item in (values, Image.fromarray(values), torch.tensor(values)):
+        pixels = decode_image(item)[0, 0]
+        assert pixels[0] == 0 and pixels[-1] == 255 and pixels[16] == round(255 * float(values[0, 16]))
+
+
+def test_a_wrong_value_that_darkens_everything_else_is_told(tmp_path, capsys):
+    table_of(tmp_path, gray([0, 255, 65535], np.uint16), gray([0, 255], np.uint16), gray([0, 250], np.uint16))
+    expected = "2 of 10 images use less than a tenth of the range from 0 to 65535: train/cross/1.png, train/cross/2.png"
+    assert expected in capsys.readouterr().out
+
+
+def test_an_alpha_channel_that_is_not_used():
+    """It is zero everywhere, so that a viewer would show nothing at all."""
+    image = gradient().convert("RGBA")
+    image.putalpha(0)
+    np.testing.assert_array_equal(decode_image(image), np.asarray(gradient()).transpose(2, 0, 1))
+
+
+def tiff_of(values: np.ndarray, **tags) -> bytes:
+    """A TIFF file of gray values with tags of its own: 262 is 0 if white is, 339 the kind of numbers."""
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "tiff", tiffinfo={int(tag[1:]): value for tag, value in tags.items()})
+    kind = struct.Struct("<HHII")
+    return file.getvalue().replace(kind.pack(339, 3, 1, 2), kind.pack(339, 3, 1, tags.get("t339", 2)))
+
+
+def test_kinds_of_tiff_that_pillow_misreads():
+    values = np.tile(np.linspace(0, 2**32 - 1, 32), (32, 1)).astype(np.uint32).view(np.int32)
+    ramp = decode_image(tiff_of(values, t339=1))[0, 0].astype(int)
+    assert (np.diff(ramp) > 0).all() and ramp[0] == 0 and ramp[-1] == 255
+    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32)
+    for data in (tiff_of(deep, t262=0), tiff_of(deep.astype(np.uint8), t339=2)):
+        with pytest.raises(UserError, match="this kind of TIFF file is not supported, save it as PNG"):
+            decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "float", "transparent", "turned"])
+def test_new_files_become_the_same_pixels_as_those_of_the_data_set(tmp_path, kind):
+    """Whatever way they come: as a path, its text, relative, as bytes, or to an exported Learner."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    made = {
+        "16 bits": gray([300, 4000], np.uint16), "float": gray([0.0, 0.9], np.float32),
+        "transparent": black_right_half("RGBA"), "turned": gradient(),
+    }[kind]  # fmt: skip
+    made.save(tmp_path / "new.tif", **(dict(exif=exif) if kind == "turned" else {}))
+    table, (row,) = table_of(tmp_path, (tmp_path / "new.tif").read_bytes())
+    dls = get_dls(table, bs=2)
+    learn = get_learner(dls, width=1, precision="fp32", path=tmp_path)
+    expected = learn.predict(table.files[row])[2]
+    learn.export("exported.pkl")
+    exported = load_learner(tmp_path / "exported.pkl")
+    file = tmp_path / "new.tif"
+    for item in (file, str(file), os.path.relpath(file), file.read_bytes()):
+        for each in (learn, exported):
+            torch.testing.assert_close(each.predict(item)[2], expected)
+            assert torch.equal(each.dls.test_dl([item]).pixels[0], table.pixels[row])
+
+
+def test_predictions_of_arrays_and_tensors(tmp_path):
+    dls = get_dls(make_images(tmp_path / "set", train=3, test=2), bs=2)
+    learn = get_learner(dls, width=1, precision="fp32")
+    values = np.asarray(gradient())
+    expected = learn.predict(gradient())[2]
+    channels_first = torch.tensor(values.transpose(2, 0, 1))
+    for item in (values, values / 255, values.astype(int), channels_first, channels_first / 255, torch.tensor(values)):
+        torch.testing.assert_close(learn.predict(item)[2], expected)
+    torch.testing.assert_close(learn.predict(TensorImage(channels_first / 255))[2], expected)

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+import shutil
 from functools import partial
 
 import numpy as np
@@ -33,6 +35,7 @@ from fastai.vision.all import (
     SGD,
     Adam,
     Callback,
+    CancelBatchException,
     CancelEpochException,
     CancelFitException,
     CancelTrainException,
@@ -49,11 +52,13 @@ from fastai.vision.all import (
     OptimWrapper,
     PILImage,
     Precision,
+    Resize,
     RMSProp,
     accuracy,
     error_rate,
     get_image_files,
     load_learner,
+    noop,
     parent_label,
     ranger,
     set_seed,
@@ -63,6 +68,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from cifar10.cli import UserError
 from cifar10.interpretation import Interpretation, grad_cam
 from model import ResNet, split_by_depth
 from train import get_dls, get_learner
@@ -94,7 +100,8 @@ def trained(learn, *, cbs=None, epochs=1, lr=0.01, **options) -> list[int]:
     """Train, and return how many rows, steps and columns of fastai's were recorded."""
     learn.fit(epochs, lr, cbs=cbs, **options)
     recorder = learn.recorder
-    return [len(recorder.values), len(recorder.losses), recorder.iters, len(recorder.lrs)]
+    rows = [len(row) for row in recorder.values]
+    return [rows, len(recorder.losses), recorder.iters, rounded(recorder.lrs), list(recorder.metric_names)]
 
 
 class Cancel(Callback):
@@ -108,6 +115,94 @@ class Cancel(Callback):
     def after_batch(self):
         if self.iter == 1:
             raise self.error
+
+
+class Change(Callback):
+    """Runs a function at an event of each training batch."""
+
+    run_valid = False
+
+    def __init__(self, event, function):
+        setattr(self, event, lambda: function(self))
+
+
+def skip(cb):
+    if cb.iter == 0:
+        raise CancelBatchException
+
+
+def soft_labels(cb):
+    cb.learn.yb = (F.one_hot(cb.y.as_subclass(torch.Tensor), 2).float(),)
+
+
+def with_soft_labels(learn):
+    learn.loss_func = nn.CrossEntropyLoss()
+    learn.metrics = []
+    return trained(learn, cbs=Change("before_batch", soft_labels))
+
+
+def two_outputs(cb):
+    cb.learn.pred = cb.pred.chunk(1)
+
+
+def with_two_outputs(learn):
+    learn.loss_func = lambda pred, y: F.cross_entropy(pred[0] if isinstance(pred, tuple) else pred, y)
+    return trained(learn, cbs=Change("after_pred", two_outputs))
+
+
+def halve(cb):
+    if cb.iter == 0:
+        for hyper in cb.opt.hypers:
+            hyper["lr"] *= 0.5
+
+
+def train_metrics(learn):
+    learn.recorder.train_metrics = True
+    return trained(learn, cbs=SaveModelCallback(monitor="valid_loss")), learn.recorder.values[0][2] > 0.6
+
+
+def adding_a_column(learn):
+    class Add(Callback):
+        order = 55
+
+        def before_fit(self):
+            self.recorder.metric_names.insert(-1, "more")
+
+        def after_validate(self):
+            self.recorder.log.append(7.0 + len(self.recorder.log))
+
+    return [trained(learn, cbs=Add()), learn.recorder.values[0][-1], learn.recorder.log[0]]
+
+
+def other_files(learn):
+    """Labelled files that are not among those of the DataLoaders, by an exported Learner, too."""
+    for label in ("cross", "ring"):
+        shutil.copytree(
+            learn.dls.valid_ds.items[0].parents[1] / label, learn.path / "other" / label, dirs_exist_ok=True
+        )
+    files = sorted(get_image_files(learn.path / "other"))
+    learn.export("exported.pkl")
+    again = load_learner(learn.path / "exported.pkl")
+    return [rounded(each.validate(dl=each.dls.test_dl(files, with_labels=True))) for each in (learn, again)]
+
+
+def pickling(learn):
+    dls = pickle.loads(pickle.dumps(learn.dls))
+    return [len(dls.train), [int(y) for _, y in dls.valid_ds], rounded(learn.get_preds(dl=dls.valid)[0].flatten())]
+
+
+def other_indices(learn):
+    learn.dls.train.get_idxs = lambda: list(range(48)) * 2
+    shapes = [len(x) for x, _ in learn.dls.train]
+    learn.dls.train.get_idxs = lambda: [3, 4]
+    subset = learn.dls.valid.new(torch.utils.data.Subset(learn.dls.valid_ds, range(5)))
+    return shapes, len(list(learn.dls.train)), [(x.shape, y.tolist()) for x, y in subset]
+
+
+def own_model(learn):
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
+    learn.splitter = split_by_depth
+    return trained(learn), len(learn.opt.all_params())
 
 
 def freezing(learn):
@@ -146,7 +241,7 @@ def exporting(learn):
 def logging(learn):
     learn.fit(2, 0.01, cbs=CSVLogger())
     log = pd.read_csv(learn.path / "history.csv")
-    return list(log.columns[:4]), len(log), all(log["valid_loss"] > 0)
+    return list(log.columns), log["epoch"].tolist(), all(log["valid_loss"] > 0)
 
 
 def interpreting(learn):
@@ -175,7 +270,7 @@ def other_losses(learn):
 def other_metrics(learn):
     learn.metrics = [accuracy, error_rate, F1Score(), Precision(average="macro")]
     learn.fit(1, 0.01)
-    return list(learn.recorder.metric_names[:7]), len(learn.validate())
+    return list(learn.recorder.metric_names), len(learn.validate())
 
 
 def optimizer(opt_func, **options):
@@ -232,17 +327,27 @@ HABITS = {
     "save the best": saving_the_best,
     "save each": lambda learn: trained(learn, epochs=2, cbs=SaveModelCallback(every_epoch=True)),
     "early stopping": lambda learn: trained(learn, epochs=9, cbs=EarlyStoppingCallback("accuracy", min_delta=1.0)),
-    "plateau": lambda learn: trained(learn, epochs=3, cbs=ReduceLROnPlateau("valid_loss", min_delta=9, patience=1)),
+    "plateau": lambda learn: trained(learn, epochs=4, cbs=ReduceLROnPlateau("valid_loss", min_delta=9, patience=1)),
+    "assign to hypers": lambda learn: trained(learn, cbs=Change("after_batch", halve)),
+    "skip a batch": lambda learn: trained(learn, cbs=Change("before_batch", skip)),
+    "soft labels": with_soft_labels,
+    "two outputs": with_two_outputs,
+    "train metrics": train_metrics,
+    "another column": adding_a_column,
+    "other files": other_files,
+    "pickle": pickling,
+    "other indices": other_indices,
+    "own model": own_model,
     "csv": logging,
     "graph": lambda learn: trained(learn, epochs=2, cbs=ShowGraphCallback()),
     "accumulation": lambda learn: trained(learn, cbs=GradientAccumulation(32)),
     "mixup": lambda learn: trained(learn, cbs=MixUp()),
     "cutmix": lambda learn: trained(learn, cbs=CutMix()),
     "clip": lambda learn: trained(learn, cbs=[GradientClip(1.0), TerminateOnNaNCallback(), BnFreeze()]),
-    "short epoch": lambda learn: trained(learn, epochs=2, cbs=ShortEpochCallback(0.5)),
+    "short epoch": lambda learn: trained(learn, epochs=2, cbs=ShortEpochCallback(0.5))[1:],
     "fetch": lambda learn: trained(learn, cbs=FetchPredsCallback()),
     "cancel a batch's epoch": lambda learn: trained(learn, epochs=2, cbs=Cancel(CancelEpochException)),
-    "cancel training": lambda learn: trained(learn, epochs=2, cbs=Cancel(CancelTrainException)),
+    "cancel training": lambda learn: trained(learn, epochs=2, cbs=Cancel(CancelTrainException))[1:],
     "cancel the fit": lambda learn: trained(learn, epochs=2, cbs=Cancel(CancelFitException)),
     "Adam": optimizer(Adam),
     "ranger": optimizer(ranger),
@@ -280,6 +385,43 @@ def test_habit(learners, habit):
     ours, theirs = (str(HABITS[habit](learn)) for learn in learners)
     plt.close("all")
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda dls: dls.add_tfms([Resize(64)], "after_item"), "Resize"),
+        (lambda dls: setattr(dls.train, "before_batch", print), "print"),
+    ],
+)
+def test_transforms_that_would_be_left_out(dls, change, says):
+    change(dls)
+    with pytest.raises(UserError, match=f"(?s){says}.* is for single images"):
+        dls.one_batch()
+
+
+def test_fastais_names_of_arguments(shapes, tmp_path):
+    dls = get_dls(shapes, bs=8)
+    learn = get_learner(dls, width=2, metrics=[error_rate], opt_func=Adam, cbs=GradientClip(), path=tmp_path)
+    assert dls.bs == 8 and learn.path == tmp_path and hasattr(learn, "gradient_clip") and hasattr(learn, "recorder")
+    learn.fit(1, 0.01)
+    assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "error_rate", "time"]
+    assert not hasattr(learn.opt, "opt")  # fastai's Adam
+
+
+def test_a_learner_in_bf16_is_one_in_fp32_after_loading(dls, tmp_path):
+    learn = small(dls, precision="bf16", path=tmp_path)
+    learn.export("exported.pkl")
+    assert not hasattr(load_learner(tmp_path / "exported.pkl"), "mixed_precision")
+
+
+def test_the_table_shows_more_than_the_recorder_keeps(dls, capsys):
+    learn = get_learner(dls, width=2, precision="fp32")
+    learn.fit(2, 0.25)
+    said = capsys.readouterr().out
+    assert re.search(r"epoch +train_loss +valid_loss +accuracy +train_accuracy +lr +time", said)
+    assert re.search(r"2 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +0\.250000 +00:", said)
+    assert [len(row) for row in learn.recorder.values] == [3, 3] and learn.recorder.extra[1][1] == 0.25
 
 
 def test_validate_returns_loss_and_accuracy(dls):
@@ -354,4 +496,6 @@ def test_our_interpretation_from_a_learner(dls):
     some = dls.test_dl(dls.valid_ds.items[:5], with_labels=True)
     assert Interpretation.from_learner(learn, dl=some).confusion_matrix().sum() == 5
     interp.plot_top_losses(4)
+    interp.print_classification_report()
+    assert interp.vocab.o2i == dls.vocab.o2i and Interpretation.from_learner(learn, act=noop).preds.min() < 0
     plt.close("all")

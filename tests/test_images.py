@@ -106,3 +106,22 @@ def test_the_rows_of_the_splits(folder):
     assert {table.split[row] for row in train} == {"train"} and {table.split[row] for row in valid} == {"test"}
     with pytest.raises(UserError, match="must be one of test, holdout"):
         table.split_rows("tset")
+
+
+@pytest.mark.parametrize("what", ["files", "classes"])
+def test_the_cache_notices_a_swap_of_equal_sizes_and_times(tmp_path, what):
+    folder = make_images(tmp_path / "images")
+    for file in [*folder.rglob("*.png")]:
+        Image.open(file).save(file.with_suffix(".bmp"))  # all of the same size
+        file.unlink()
+        os.utime(file.with_suffix(".bmp"), (1e9, 1e9))
+    first = ImageTable(folder)
+    one, other = (folder / ("train/cross/0.bmp", "train/ring/0.bmp")[i] for i in (0, 1))
+    one, other = (one, other) if what == "files" else (one.parent, other.parent)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    again = ImageTable(folder)
+    assert again.hash != first.hash
+    row = again.row[folder / "train/cross/0.bmp"]
+    assert torch.equal(again.pixels[row], first.pixels[first.row[folder / "train/ring/0.bmp"]])

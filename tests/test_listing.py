@@ -1,6 +1,7 @@
 """No file of a folder is left out in silence, and classes whose names only look alike are told apart."""
 
 import os
+import shutil
 import unicodedata
 
 import pytest
@@ -150,6 +151,53 @@ def test_only_an_unlabelled_test_split(tmp_path):
     with pytest.raises(UserError, match="no test/, valid/ or val/ with class folders"):
         get_dls(folder, batch_size=2)
     assert len(get_dls(folder, batch_size=2, valid="holdout").valid_ds) == 3
+
+
+def told(folder, capsys) -> str:
+    """What is printed about a folder, without the progress bar."""
+    capsys.readouterr()
+    ImageTable(folder)
+    return "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{folder.name}: "))
+
+
+def test_classes_without_validation_images_are_told(folder, capsys):
+    shutil.rmtree(folder / "test/bar")
+    assert told(folder, capsys) == "set: test/ has no images of bar, so that they can't be judged"
+
+
+def test_what_systems_leave_in_folders_is_no_class(folder, capsys):
+    for name in ("train/@eaDir", "train/cross/@eaDir", "train/.ipynb_checkpoints", "test/__MACOSX", "train/cross/.old"):
+        shutil.copytree(folder / "train/ring", folder / name)
+    assert counts(folder) == {"bar": 4, "cross": 4, "ring": 4}
+    assert told(folder, capsys) == "set: 5 files ignored: 5 hidden"
+
+
+def test_images_in_folders_within_a_class_are_told(folder, capsys):
+    (folder / "train/cross/masks").mkdir()
+    for i in range(2):
+        (folder / f"train/cross/{i}.png").rename(folder / f"train/cross/masks/{i}.png")
+    assert told(folder, capsys) == "set: 2 images are in folders within a class, and belong to it"
+
+
+def test_validation_is_a_name_as_well(folder):
+    os.rename(folder / "test", folder / "validation")
+    assert ImageTable(folder).splits == ["train", "validation"]
+
+
+def test_leaks_and_contradictions_are_told(folder, capsys):
+    shutil.copy(folder / "train/ring/1.png", folder / "test/ring/copied.png")
+    shutil.copy(folder / "train/bar/2.png", folder / "train/cross/also.png")
+    assert told(folder, capsys).splitlines() == [
+        "set: 1 of 20 images are for validation, but among the training images, too: test/ring/copied.png",
+        "set: 2 of 20 images are in two classes of train: train/bar/2.png, train/cross/also.png",
+    ]
+
+
+def test_a_class_of_photos_that_pillow_does_not_open_is_named_with_them(folder):
+    for file in folder.glob("train/ring/*.png"):
+        file.rename(file.with_suffix(".heic"))
+    with pytest.raises(UserError, match=r"images: train/ring; add some or remove them \(ignored: 4 .heic\)"):
+        list_folder(folder)
 
 
 # ---- Files that can't be read

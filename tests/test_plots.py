@@ -52,7 +52,7 @@ def test_misclassified_plot(interp):
     plot_misclassified(interp)
     titles = [ax.get_title() for ax in plt.gcf().axes if ax.axison]
     first = interp.misclassified()[0]
-    assert f"actual: {interp.vocab[interp.targs[first]]}" in titles[0] and "predicted" in titles[0] and "%" in titles[0]
+    assert f"actual: {interp.names[interp.targs[first]]}" in titles[0] and "predicted" in titles[0] and "%" in titles[0]
     check_figure(20)
 
 
@@ -130,7 +130,7 @@ NAMES = {
 def test_any_class_names(interp, names):
     """Nothing overlaps, and no letter is missing."""
     other = copy.copy(interp)
-    other.vocab = NAMES[names]
+    other.names = NAMES[names]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of missing letters
         plot_confusion(other)
@@ -145,7 +145,7 @@ def test_shortened_names():
     assert shorten_middle("automobile", 11) == "automobile" and width("automobile") + len("predicted:  (100%)") <= 29
     assert shorten_middle("tomato yellow leaf curl virus", 15) == "tomato…l virus"
     assert shorten_middle("猫" * 9, 9) == "猫猫…猫猫"
-    assert wrap("yellow leaf curl", 8) == ["yellow", " leaf cu", "rl"]
+    assert wrap("yellow leaf curl", 8) == ["yellow ", "leaf cur", "l"]
     alike = display_names(["a" * 30 + "1" + "b" * 30, "a" * 30 + "2" + "b" * 30, "cat"], 12)
     assert len({*alike}) == 3 and alike[2] == "cat" and all(len(name) <= 12 for name in alike)
 
@@ -169,7 +169,7 @@ def of_classes(count: int, seed: int = 0) -> Interpretation:
     other = torch.randint(0, count, (len(interp.targs),), generator=generator)
     interp.decoded = torch.where(torch.rand(len(other), generator=generator) < 0.8, interp.targs, other)
     interp.decoded[interp.targs == 3] = 7
-    interp.vocab = [f"class {i:03}" for i in range(count)]
+    interp.names = [f"class {i:03}" for i in range(count)]
     return interp
 
 
@@ -181,10 +181,10 @@ def test_confusion_of_many_classes(count):
     assert len(axes) == (2 if count > 25 else 1)
     names = [label.get_text() for label in axes[-1].get_yticklabels()]
     texts = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes[-1].texts}
-    assert len(names) == min(len(interp.vocab), 25) and {"class 003", "class 007"} <= {*names}
+    assert len(names) == min(len(interp.names), 25) and {"class 003", "class 007"} <= {*names}
     assert texts[names.index("class 003"), names.index("class 007")] == "10"
     matrix = interp.confusion_matrix()
-    shown = [interp.vocab.index(name) for name in names]
+    shown = [interp.names.index(name) for name in names]
     for (row, column), text in texts.items():
         assert int(text or 0) == matrix[shown[row], shown[column]]
     if count > 25:

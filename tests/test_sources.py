@@ -163,3 +163,34 @@ def test_wrong_sources(tmp_path):
     (tmp_path / "images/train").mkdir(parents=True)
     with pytest.raises(UserError, match="holds no images"):
         get_dls(tmp_path / "images")
+
+
+def test_several_data_sets_in_a_folder(tmp_path, shapes):
+    for name in ("b", "a", ".old", "__MACOSX"):
+        shutil.copytree(shapes, tmp_path / "all" / name)
+    with pytest.raises(UserError, match="all holds several data sets, a, b; pass the path of one of them"):
+        prepare_data(tmp_path / "all")
+    shutil.rmtree(tmp_path / "all/b")
+    assert prepare_data(tmp_path / "all").folder == tmp_path / "all/a"
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_folder_with_the_name_of_a_data_set(tmp_path, shapes, monkeypatch, capsys, name):
+    shutil.copytree(shapes, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "cifar10_folder", lambda: shapes)
+    assert prepare_data(name).folder != tmp_path / name
+    assert f"for the {name} in this folder, pass ./{name}" in capsys.readouterr().out
+    assert prepare_data(f"./{name}").folder == tmp_path / name
+
+
+def test_zip_archives_of_other_programs(tmp_path, shapes):
+    """Names with backslashes, and in UTF-8 without the flag that says so."""
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in shapes.rglob("*.png"):
+            name = str(file.relative_to(shapes)).replace("ring", "caf??").replace("/", "\\")
+            archive.writestr(name, file.read_bytes())
+    data = (tmp_path / "set.zip").read_bytes()
+    (tmp_path / "set.zip").write_bytes(data.replace(b"caf??", "café".encode()))
+    table = ImageTable.open(tmp_path / "set.zip")
+    assert table.classes == ["café", "cross"] and len(table.files) == 64
