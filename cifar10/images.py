@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,15 +115,18 @@ class ImageTable:
     def build(self, listing: Listing) -> tuple[Tensor, dict[str, Any]]:
         """Decode all images and cache them."""
         print(f"Decoding {len(listing.files):,} images of {self.name}, once …")
-        array, broken, used = decode_files(listing.files)
+        decoded = decode_files(listing.files)
+        broken = {i: item for i, item in enumerate(decoded) if isinstance(item, str)}
+        used = {i: item[1] for i, item in enumerate(decoded) if i not in broken and item[1]}
         ranges = {}
         for kind in sorted({kind for kind, *_ in used.values()}):
             lows, highs = zip(*(limits for other, *limits in used.values() if other == kind))
             ranges[kind] = full_range(kind, min(lows), max(highs))
         if used:  # again, with the range of all
-            array[list(used)] = decode_files([listing.files[i] for i in used], ranges).pixels
-        keep = [i for i in range(len(array)) if i not in broken]
-        pixels = torch.from_numpy(array[keep] if broken else array)
+            for i, item in zip(used, decode_files([listing.files[i] for i in used], ranges), strict=True):
+                decoded[i] = item
+        keep = [i for i in range(len(decoded)) if i not in broken]
+        pixels = torch.from_numpy(np.array([decoded[i][0] for i in keep], np.uint8).reshape(-1, 3, SIZE, SIZE))
         places = [(listing.splits[i], listing.labels[i]) for i in keep]
         digest = hashlib.sha256("\n".join(map("/".join, places)).encode(errors="surrogateescape"))
         digest.update(pixels.numpy().data)
@@ -162,36 +165,22 @@ def suspicious(pixels: Tensor, places: list[tuple[str, str]]) -> dict[str, list[
     return {what: rows for what, rows in found.items() if rows}
 
 
-class Decoded(NamedTuple):
-    """Pixels uint8 `(N, 3, 32, 32)`; by index why a file is broken, and the range that one with over 8 bits uses."""
-
-    pixels: np.ndarray
-    broken: dict[int, str]
-    used: dict[int, tuple[str, float, float]]
-
-
-def decode_files(files: list[Path], ranges: ValueRanges = MappingProxyType({})) -> Decoded:
-    """Decode files on all cores."""
+def decode_files(files: list[Path], ranges: ValueRanges = MappingProxyType({})) -> list:
+    """What `decode` returns for each file, or why it can't be used, on all cores."""
     chunks = list(chunked(files, 100))
     workers = os.cpu_count() if len(chunks) > 40 else 0  # starting processes takes longer than a few chunks
     parts = parallel(decode_chunk, chunks, ranges=dict(ranges), n_workers=workers, progress=True)
-    merged = Decoded(np.concatenate([part.pixels for part in parts]), {}, {})
-    for number, part in enumerate(parts):
-        merged.broken.update({100 * number + i: why for i, why in part.broken.items()})
-        merged.used.update({100 * number + i: used for i, used in part.used.items()})
-    return merged
+    return [item for part in parts for item in part]
 
 
-def decode_chunk(files: list[Path], ranges: ValueRanges) -> Decoded:
-    decoded = Decoded(np.zeros((len(files), 3, SIZE, SIZE), np.uint8), {}, {})
-    for i, file in enumerate(files):
+def decode_chunk(files: list[Path], ranges: ValueRanges) -> list:
+    def decoded(file):
         try:
-            decoded.pixels[i], used = decode(file, ranges)
-            if used:
-                decoded.used[i] = used
+            return decode(file, ranges)
         except ValueError as why:
-            decoded.broken[i] = str(why)
-    return decoded
+            return str(why)
+
+    return [decoded(file) for file in files]
 
 
 def fingerprint(listing: Listing, folder: Path) -> str:
