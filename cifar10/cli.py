@@ -1,6 +1,6 @@
 """Shared command-line behavior of all scripts: errors in one sentence, exit statuses, signals, progress bars.
 
-Exit statuses: 0 for success, 2 for an error, 130 for Ctrl-C, 129 for SIGHUP, 143 for SIGTERM, 141 for a closed pipe.
+Exit statuses: 0 for success, 2 for an error, and those of `STATUS`.
 """
 
 import os
@@ -18,6 +18,8 @@ from fastcore.basics import IN_NOTEBOOK
 from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
+STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number
+
 
 class UserError(ValueError):
     """A mistake that the user can fix. The message is one sentence: what is wrong, and what to do about it."""
@@ -30,26 +32,17 @@ class UserError(ValueError):
         return self.message
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C."""
+class Stopped(KeyboardInterrupt):
+    """A signal or a closed pipe, handled like Ctrl-C. `hint` is what to do next."""
 
-    by, status = "SIGTERM", 143
-
-    @classmethod
-    def handle(cls, *_):
-        raise cls
+    def __init__(self, by: str, hint: str = ""):
+        super().__init__()
+        self.by, self.hint = by, hint
 
 
-class HungUp(Terminated):
-    """SIGHUP: the terminal was closed."""
-
-    by, status = "SIGHUP", 129
-
-
-class PipeClosed(Terminated):
-    """The program that read the output has ended."""
-
-    by, status = "a closed pipe", 141
+def stop(number: int, frame):
+    """Handle a signal."""
+    raise Stopped(signal.Signals(number).name)
 
 
 class YesNo(BooleanOptionalAction):
@@ -110,9 +103,9 @@ def script_settings() -> Iterator[None]:
         matplotlib.use("agg")  # plots are files
         if not getattr(sys.stdout, "isatty", bool)():  # no moving bars in a log file
             fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
-    kinds = {getattr(signal, kind.by, None): kind for kind in (Terminated, HungUp)}  # Windows has no SIGHUP
-    numbers = [number for number in kinds if number and signal.getsignal(number) != signal.SIG_IGN]  # of nohup
-    before = {number: signal.signal(number, kinds[number].handle) for number in numbers}
+    found = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+    numbers = [number for number in found if number and signal.getsignal(number) != signal.SIG_IGN]  # as with nohup
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
@@ -129,9 +122,10 @@ def run(main: Callable, schema: Callable | None = None):
             given.pop("debug", None)
             main(**given)
         except BrokenPipeError:
-            fail(f"stopped by {PipeClosed.by}", PipeClosed.status)
-        except KeyboardInterrupt as interrupt:
-            fail(f"\nstopped by {getattr(interrupt, 'by', 'Ctrl-C')}{interrupt}", getattr(interrupt, "status", 130))
+            fail("stopped by a closed pipe", STATUS["a closed pipe"])
+        except KeyboardInterrupt as stopped:
+            by, hint = getattr(stopped, "by", "Ctrl-C"), getattr(stopped, "hint", "")
+            fail(f"\nstopped by {by}{hint}", STATUS[by])
         except (UserError, OSError) as reason:
             if debug:
                 raise

@@ -80,18 +80,12 @@ class Interpretation(ClassificationInterpretation):
         least_certain = correct[self.preds[correct, self.targs[correct]].argsort()]
         return torch.cat([self.misclassified(), least_certain])[:count]
 
-    def is_wrong(self, row: int) -> bool:
-        return bool(self.decoded[row] != self.targs[row])
-
-    def kinds(self, row: int) -> tuple[str, str]:
-        """The two classes to show for an image; see `label`."""
-        return ("predicted", "actual") if self.is_wrong(row) else ("predicted", "runner-up")
-
-    def label(self, row: int, kind: str) -> int:
-        """The "actual", the "predicted" or the second most probable class, "runner-up", of an image."""
-        if kind == "runner-up":
-            return int(self.preds[row].topk(2).indices[1])
-        return int(self.targs[row] if kind == "actual" else self.decoded[row])
+    def two_classes(self, row: int) -> list[tuple[str, int]]:
+        """What to show of an image: its predicted and its actual class, or the runner-up if both are the same."""
+        predicted, actual = int(self.decoded[row]), int(self.targs[row])
+        if predicted != actual:
+            return [("predicted", predicted), ("actual", actual)]
+        return [("predicted", predicted), ("runner-up", int(self.preds[row].topk(2).indices[1]))]
 
     def images(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images `(n, 3, H, W)`: normalized, as the model takes them, and in [0, 1], to be displayed."""

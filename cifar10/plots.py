@@ -110,9 +110,8 @@ def most_confused_classes(matrix: np.ndarray, count: int) -> list[int]:
     return sorted(list(chosen)[:count])
 
 
-def caption(interp: Interpretation, names: list[str], row: int, kind: str, limit: int) -> str:
+def caption(interp: Interpretation, names: list[str], row: int, kind: str, label: int, limit: int) -> str:
     """What an image is, and with which probability; the name has lines of its own if `limit` columns don't hold all."""
-    label = int(interp.label(row, kind))
     name, probability = names[label], f"{interp.preds[row, label]:.0%}"
     if max(map(width, names)) + len(f"{kind}:  (100%)") <= limit:
         return f"{kind}: {name} ({probability})"
@@ -130,7 +129,7 @@ def plot_misclassified(interp: Interpretation):
     """
     shown = interp.hardest(N_MISCLASSIFIED)
     names = display_names(interp.names, 22)
-    captions = ["\n".join(caption(interp, names, row, kind, 29) for kind in interp.kinds(row)) for row in shown]
+    captions = ["\n".join(caption(interp, names, row, *each, 29) for each in interp.two_classes(row)) for row in shown]
     rows, lines = -(-len(shown) // 5), 1 + max(text.count("\n") for text in captions)
     figure, axes = plt.subplots(
         rows, 5, figsize=(10, 0.5 + (1.9 + 0.15 * lines) * rows), layout="constrained", squeeze=False
@@ -140,7 +139,7 @@ def plot_misclassified(interp: Interpretation):
     for ax, text, image, row in zip(axes.flat, captions, interp.images(shown)[1].cpu(), shown):
         ax.axis("on")
         show_image(ax, image, text)
-        ax.title.set_color("black" if interp.is_wrong(row) else "tab:green")
+        ax.title.set_color("black" if interp.decoded[row] != interp.targs[row] else "tab:green")
     what = which_images(interp, len(shown))
     figure.suptitle(f"{what[0].upper()}{what[1:]} (out of {len(interp.targs):,})")
 
@@ -170,10 +169,10 @@ def plot_grad_cam(interp: Interpretation):
     figure = plt.figure(figsize=(14, 6.4 * bands))
     inputs, images = interp.images(rows)
     layers = [getattr(interp.learn.model, name) for name in GRADCAM_LAYERS]
-    kinds = [interp.kinds(row) for row in rows]
-    captions = [[caption(interp, names, row, kind, 13) for kind in pair] for row, pair in zip(rows, kinds)]
+    pairs = [interp.two_classes(row) for row in rows]
+    captions = [[caption(interp, names, row, *each, 13) for each in pair] for row, pair in zip(rows, pairs)]
     lines = 1 + max(text.count("\n") for pair in captions for text in pair)
-    classes = torch.tensor([interp.label(row, kind[side]) for side in (0, 1) for row, kind in zip(rows, kinds)])
+    classes = torch.tensor([pair[side][1] for side in (0, 1) for pair in pairs])
     twice = torch.cat([inputs, inputs])
     heat = torch.stack(grad_cam(interp.learn.model, twice, classes.to(inputs.device), layers)).cpu()
     images = images.cpu()

@@ -21,7 +21,7 @@ from fastai.vision.all import Learner, Normalize, get_model
 from filelock import FileLock, Timeout
 from torch import nn
 
-from cifar10.cli import PipeClosed, UserError
+from cifar10.cli import Stopped, UserError
 from cifar10.files import WriteError, load_tensors, save_tensors, write_csv, write_json
 from cifar10.options import Options
 from cifar10.recipes import Recipe
@@ -123,10 +123,9 @@ class Run:
             for part in self.path.rglob(".*.part"):  # of a process that was killed while it was writing
                 part.unlink()
             yield
-        except KeyboardInterrupt as stopped:
-            raise type(stopped)(f"; resume with: {self.resume_command()}") from None
-        except BrokenPipeError:
-            raise PipeClosed(f"; resume with: {self.resume_command()}") from None
+        except (KeyboardInterrupt, BrokenPipeError) as stopped:
+            default = "a closed pipe" if isinstance(stopped, BrokenPipeError) else "Ctrl-C"
+            raise Stopped(getattr(stopped, "by", default), f"; resume with: {self.resume_command()}") from None
         except WriteError as full:
             raise UserError(f"{full}, then resume with: {self.resume_command()}") from None
         except OSError as reason:

@@ -46,8 +46,10 @@ def test_a_wrong_option_gets_one_line(words, says, capsys):
     [
         (UserError("this is wrong;\nfix it"), 2, "error: this is wrong;\\nfix it\n"),
         (PermissionError(13, "Denied", "x"), 2, "error: [Errno 13] Denied: 'x' (--debug shows where)\n"),
-        (KeyboardInterrupt("; resume with: this"), 130, "\nstopped by Ctrl-C; resume with: this\n"),
-        (cli.Terminated(), 143, "\nstopped by SIGTERM\n"),
+        (KeyboardInterrupt(), 130, "\nstopped by Ctrl-C\n"),
+        (cli.Stopped("SIGHUP", "; resume with: this"), 129, "\nstopped by SIGHUP; resume with: this\n"),
+        (BrokenPipeError(), 141, "stopped by a closed pipe\n"),
+        (cli.Stopped("SIGTERM"), 143, "\nstopped by SIGTERM\n"),
     ],
 )  # fmt: skip
 def test_exit_statuses(error, status, says, capsys, monkeypatch):

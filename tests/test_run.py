@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from cifar10 import run as run_module
-from cifar10.cli import Terminated, UserError
+from cifar10.cli import Stopped, UserError
 from cifar10.files import load_tensors, save_tensors
 from cifar10.options import Options
 from cifar10.recipes import ASSIGNMENT, RECIPES
@@ -130,11 +130,15 @@ def test_a_file_system_without_locks(tmp_path, learn, monkeypatch):
         pytest.fail("locked")
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, Terminated])
-def test_an_interruption_names_the_command_to_resume_with(tmp_path, learn, interrupt):
+@pytest.mark.parametrize(
+    ("interrupt", "by"),
+    [(KeyboardInterrupt(), "Ctrl-C"), (Stopped("SIGTERM"), "SIGTERM"), (BrokenPipeError(), "a closed pipe")],
+)
+def test_an_interruption_names_the_command_to_resume_with(tmp_path, learn, interrupt, by):
     run = create(learn, tmp_path, "run")
-    with pytest.raises(interrupt, match=f"resume with: .* --resume {run.path}"), run.lock():
+    with pytest.raises(Stopped) as stopped, run.lock():
         raise interrupt
+    assert stopped.value.by == by and f" --resume {run.path}" in stopped.value.hint
 
 
 def test_the_committed_run_is_complete():
