@@ -57,7 +57,8 @@ class Parser(ArgumentParser):
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            known = [option for option in self._option_string_actions if option.startswith("--")]
+            options = self._option_string_actions.items()
+            known = [option for option, action in options if option.startswith("--") and action.help != SUPPRESS]
             closest = get_close_matches(unknown[1], known, n=1)
             message = f"there is no option {unknown[1]}; {f'did you mean {closest[0]}?' if closest else 'see --help'}"
         elif message.startswith("unrecognized"):
@@ -91,7 +92,10 @@ def parse(schema: Callable, words: list[str]) -> dict:
     untyped = object()
     names = [action.dest for action in parser._actions if action.default is not SUPPRESS]
     given = vars(parser.parse_args(words, Namespace(**dict.fromkeys(names, untyped))))
-    return {name: value for name, value in given.items() if value is not untyped and name not in ("pdb", "xtra")}
+    for name in ("pdb", "xtra"):  # fastcore's, which do nothing here
+        if given.pop(name) is not untyped:
+            parser.error(f"unrecognized arguments: --{name}")
+    return {name: value for name, value in given.items() if value is not untyped}
 
 
 @contextmanager
