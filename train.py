@@ -96,8 +96,9 @@ def train(learn: Learner, run: Run, started: float):
         recipe = choose_lrs(learn, recipe, run.path)
         run.update(lr_min=recipe.lr_min, lr_max=recipe.lr_max)
 
-    print(f"One cycle: {recipe.epochs} epochs, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch"
-          f" {recipe.peak_epoch:g} → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
+    epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
+    print(f"One cycle: {epochs}, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch {recipe.peak_epoch:g}"
+          f" → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
     fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint)], done)
     run.save_weights(learn.model)
 

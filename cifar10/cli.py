@@ -18,6 +18,7 @@ from fastcore.basics import IN_NOTEBOOK
 from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
+SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
 STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number
 
 
@@ -60,6 +61,7 @@ class Parser(ArgumentParser):
             options = self._option_string_actions.items()
             known = [option for option, action in options if option.startswith("--") and action.help != SUPPRESS]
             closest = get_close_matches(unknown[1], known, n=1)
+            closest = [SYNONYMS[unknown[1]]] if SYNONYMS.get(unknown[1]) in known else closest
             message = f"there is no option {unknown[1]}; {f'did you mean {closest[0]}?' if closest else 'see --help'}"
         elif message.startswith("unrecognized"):
             message += "; options begin with --, see --help"

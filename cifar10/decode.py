@@ -60,7 +60,7 @@ def decode(item, ranges: ValueRanges) -> tuple[np.ndarray, tuple[str, float, flo
         raise ValueError(f"too small, {image.width}×{image.height} pixels")
     if image.size != (SIZE, SIZE):
         image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1), used
+    return np.array(image).transpose(2, 0, 1), used
 
 
 def read_image(item) -> Image.Image | np.ndarray:

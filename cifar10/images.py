@@ -157,7 +157,7 @@ def suspicious(pixels: Tensor, places: list[tuple[str, str]]) -> dict[str, list[
     known = [(row, split, classes.get(content[row], ())) for row, (split, _) in enumerate(places)]
     found = {
         "show one color only": one_color.nonzero().flatten().tolist(),
-        "are for validation, but among the training images, too": [
+        "are validation images, but identical to training images": [
             row for row, split, same in known if split != "train" and same
         ],
         "are in two classes of train": [row for row, split, same in known if split == "train" and len(same) > 1],

@@ -111,9 +111,9 @@ def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]], ignor
     if not any(train.values()):
         raise UserError(f"{folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
     if empty := [f"{split}/{name}" for split in classes for name, files in classes[split].items() if not files]:
-        other = kinds(sum((ignored[split] for split in classes), Counter())) or "no other files"
+        other = kinds(sum((ignored[split] for split in classes), Counter()))
         what = f"{folder} has class folders without images: {enumerate_names(empty)}"
-        raise UserError(f"{what}; add some or remove them (ignored: {other})")
+        raise UserError(f"{what}; add some or remove them" + f" (ignored files: {other})" * bool(other))
     if len(train) == 1:
         raise UserError(f"{folder}/train holds images of one class only, {printable(*train)}; add another")
     for split, others in classes.items():

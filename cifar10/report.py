@@ -7,6 +7,7 @@ from fastai.vision.all import Learner
 from cifar10.decode import printable
 from cifar10.files import write
 from cifar10.interpretation import Interpretation
+from cifar10.names import fonts_for
 from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_misclassified, save_figure
 
 
@@ -33,6 +34,10 @@ def markdown_report(interp: Interpretation) -> str:
 def write_report(learn: Learner, folder: Path) -> Interpretation:
     """Write curves.png, confusion_matrix.png, misclassified.png, gradcam.png and report.md into a run's folder."""
     interp = Interpretation(learn)
+    if missing := fonts_for("".join(interp.names))[1]:
+        print(
+            f"No font here has {''.join(sorted(missing)[:20])}: plots show these classes by their number in report.md"
+        )
     plot_curves(folder)
     save_figure(folder / "curves.png")
     plots = {"confusion_matrix": plot_confusion, "misclassified": plot_misclassified, "gradcam": plot_grad_cam}

@@ -188,7 +188,7 @@ def test_leaks_and_contradictions_are_told(folder, capsys):
     shutil.copy(folder / "train/ring/1.png", folder / "test/ring/copied.png")
     shutil.copy(folder / "train/bar/2.png", folder / "train/cross/also.png")
     assert told(folder, capsys).splitlines() == [
-        "set: 1 of 20 images are for validation, but among the training images, too: test/ring/copied.png",
+        "set: 1 of 20 images are validation images, but identical to training images: test/ring/copied.png",
         "set: 2 of 20 images are in two classes of train: train/bar/2.png, train/cross/also.png",
     ]
 
@@ -196,7 +196,7 @@ def test_leaks_and_contradictions_are_told(folder, capsys):
 def test_a_class_of_photos_that_pillow_does_not_open_is_named_with_them(folder):
     for file in folder.glob("train/ring/*.png"):
         file.rename(file.with_suffix(".heic"))
-    with pytest.raises(UserError, match=r"images: train/ring; add some or remove them \(ignored: 4 .heic\)"):
+    with pytest.raises(UserError, match=r"images: train/ring; add some or remove them \(ignored files: 4 .heic\)"):
         list_folder(folder)
 
 

@@ -48,6 +48,7 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
     [
         ("--epoch_count 3", "there is no option --epoch-count"),
         ("--epochs 3 --peek_epoch 1", "did you mean --peak-epoch?"),
+        ("--bs 16", "there is no option --bs; did you mean --batch-size?"),
         ("--pdb", "there is no option --pdb; did you mean --debug?"),
         ("--xtra 1", "there is no option --xtra; see --help"),
         ("--epochs 0", "epochs is 0; it must be at least 1"),

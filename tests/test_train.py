@@ -185,10 +185,11 @@ def test_a_loss_that_blows_up(shapes, tmp_path):
 
 
 def test_the_readmes_repl_lines(tmp_path):
-    (lines,) = re.findall(r"```python\n(from train import \*.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = re.findall(r"```python\n(from fastai.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     check = (  # 0.992 and more with each of 12 seeds, in fp32 and in bf16
         "\nassert learn.validate()[1] > 0.9, learn.validate()"
         "\nassert ClassificationInterpretation.from_learner(learn).confusion_matrix().sum() == 360"
+        "\nlearn.fit(1, 0.01, cbs=SaveModelCallback(monitor='accuracy'))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -243,14 +244,16 @@ def test_the_lines_of_usage_md(run, shapes, tmp_path):
     folder, _ = run
     shutil.copytree(folder, tmp_path / "runs/my-run")
     shutil.copy(shapes / "test/ring/0.png", tmp_path / "cat.png")
-    check = "\nassert labels[0] in run.classes == ['cross', 'ring'] and logits.shape == (1, 2); print(logits.tolist())"
+    check = "\nassert run.classes == ['cross', 'ring'] and logits.shape == (1, 2); print(logits.tolist())"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", lines + check], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     dls = train.get_dls(shapes)
     learn = train.get_learner(dls, width=8, precision="fp32")
     Run.open(folder).load_weights(learn.model)
     probabilities = learn.predict(shapes / "test/ring/0.png")[2]  # with fastai's own normalization
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)[0]).softmax(0), probabilities, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(json.loads(done.stdout.splitlines()[-1])[0]).softmax(0), probabilities, atol=1e-3, rtol=0
+    )
