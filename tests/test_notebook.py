@@ -122,7 +122,8 @@ def test_unusual_streams(bare, monkeypatch, stream):
 
 def start(tmp_path, *options, **streams) -> subprocess.Popen:
     command = [sys.executable, ROOT / "train.py", *QUICK, "--epochs", "500", *options, "--name", "run"]
-    return subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, **streams)
+    heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731 (nohup, if the tests run under it, ignores it)
+    return subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, preexec_fn=heed, **streams)
 
 
 def wait_for_training(tmp_path):
@@ -144,7 +145,8 @@ def test_a_closed_terminal(tmp_path):
 @pytest.mark.slow
 def test_a_pipe_that_closes(tmp_path):
     process = start(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert "training images" in process.stdout.readline()
+    while "training images" not in process.stdout.readline():
+        pass
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait() == 141 and "stopped by a closed pipe; resume with: " in said and "Traceback" not in said
