@@ -15,6 +15,7 @@ from fastai.vision.all import Callback, CancelFitException, DataLoader, DataLoad
 from torch import nn
 
 from cifar10 import cli
+from cifar10.data import TensorDL
 from cifar10.files import write_json
 from cifar10.optim import Muon
 from cifar10.recipes import ASSIGNMENT
@@ -29,6 +30,8 @@ class OneBatch(DataLoader):
     def __init__(self, batch: tuple, steps: int):
         super().__init__([0], bs=1)
         self.batch, self.steps = batch, steps
+
+    to_detach = TensorDL.to_detach  # or fastai would fetch each metric from a GPU
 
     def __len__(self):
         return self.steps

@@ -78,6 +78,8 @@ class TensorDL(TfmdDL):
 
     def batch(self, indices: Tensor) -> tuple:
         """Images uint8 `(n, 3, 32, 32)`, and labels int64 `(n,)` if the data set has them, on the device."""
+        if self.table and self.pixels is self.table.pixels:
+            self.pixels = self.table.pixels_on(torch.device(self.device))
         self.pixels, self.rows, *self.targets = to_device([self.pixels, self.rows, *self.targets], self.device)  # once
         return TensorImage(self.pixels[self.rows[indices]]), *(TensorCategory(y[indices]) for y in self.targets)
 

@@ -42,6 +42,7 @@ class ImageTable:
         self.data, self.defaults = data or str(folder), dict(defaults)
         listing = list_folder(folder)
         self.fingerprint = fingerprint(listing, folder)
+        self.copies: dict[torch.device, Tensor] = {}
         self.cache = fastai_path("data") / "decoded" / f"{short_name(folder.name)}-{short_hash(folder)}.safetensors"
         self.pixels, state = self.load(len(listing.files)) or self.build(listing)
         self.hash, self.ranges = state["sha256"], {kind: tuple(limits) for kind, limits in state["ranges"].items()}
@@ -89,6 +90,12 @@ class ImageTable:
             names = "test/, valid/ or val/ with class folders"
             raise UserError(f"{self.folder} has no {names} beside train/; add one or use --valid holdout")
         return train, np.flatnonzero(np.array(self.split) != "train")
+
+    def pixels_on(self, device: torch.device) -> Tensor:
+        """The pixels on a device, where they are copied once for all DataLoaders."""
+        if device not in self.copies:
+            self.copies[device] = self.pixels.to(device)  # on a CPU these are the same ones
+        return self.copies[device]
 
     def stats(self, rows) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over all pixels of the given images, in [0, 1].

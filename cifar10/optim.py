@@ -7,31 +7,38 @@ from torch import Tensor
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, chosen to raise small singular values quickly
 
 
-def zeropower_via_newtonschulz(matrix: Tensor, steps: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Orthogonalize a matrix approximately: its singular values come near 1. `(m, n)` → `(m, n)`.
+def zeropower_via_newtonschulz(matrices: list[Tensor], steps: int = 3, dtype=torch.float32) -> list[Tensor]:
+    """Orthogonalize matrices approximately: singular values come near 1. Each `(m, n)` → the same shape and dtype.
 
     A few steps of Newton-Schulz iteration, without a decomposition. All steps are polynomials in the same small
     Gram matrix, so they are multiplied there, and the matrix itself is used only twice.
     These two products are computed in `dtype`; rounding to bfloat16 changes the result by less than a hundredth.
+    A GPU multiplies all Gram matrices of the same size at once, because it's done with one sooner than the next begins.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return zeropower_via_newtonschulz(matrix.T, steps, dtype).T
-    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
-    square = (x @ x.T).float()
-    identity = torch.eye(len(x), device=x.device)
+    wide = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]
+    wide = [(m / (m.norm() + 1e-7)).to(dtype) for m in wide]
     a, b, c = NS_COEFFICIENTS
-    step = product = a * identity + b * square + c * square @ square
-    for _ in range(steps - 1):
-        square = step @ square @ step
-        step = a * identity + b * square + c * square @ square
-        product = step @ product
-    return (product.to(dtype) @ x).to(matrix.dtype)
+    results: list[Tensor] = [torch.empty(0)] * len(wide)
+    together: dict[int, list[int]] = {}  # on a GPU by size, on a CPU each by itself
+    for i, m in enumerate(wide):
+        together.setdefault(len(m) if m.is_cuda else -i, []).append(i)
+    for numbers in together.values():
+        square = torch.stack([wide[i] @ wide[i].T for i in numbers]).float()
+        identity = a * torch.eye(square.shape[1], device=square.device)
+        step = product = torch.baddbmm(square, square, square, beta=b, alpha=c) + identity
+        for _ in range(steps - 1):
+            square = step @ square @ step
+            step = torch.baddbmm(square, square, square, beta=b, alpha=c) + identity
+            product = step @ product
+        for i, p in zip(numbers, product.to(dtype), strict=True):
+            results[i] = (p @ wide[i]).to(matrices[i].dtype)
+    return [r.T if m.shape[0] > m.shape[1] else r for m, r in zip(matrices, results, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, whose updates of convolutions are orthogonalized (Muon) unless `use_muon` is false.
 
-    A convolution's momentum `(out, in, h, w)` is orthogonalized as the matrix `(out, in·h·w)`. Its weights are
+    A convolution's momentum `(out, in, h, w)` is orthogonalized as the matrix `(out, h·w·in)`. Its weights are
     rescaled to the norm √out before each update, which the following normalization layer compensates. An update has
     about that norm, too, so `lr` × `lr_scale` is the relative size of a step. All other parameters follow
     `torch.optim.SGD(nesterov=True)`. `weight_decay` is for weights only: neither for parameters with one dimension
@@ -51,23 +58,29 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                muon = self.use_muon and p.ndim == 4
-                gradient = p.grad.add(p, alpha=weight_decay) if weight_decay and p.ndim > 1 and not muon else p.grad
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-                buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
-                update = gradient.add(buffer, alpha=momentum)
-                scale = 1.0
-                if muon:
-                    out, inputs = len(p), p[0].numel()
-                    p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
-                    update = zeropower_via_newtonschulz(update.flatten(1), self.ns_steps, self.dtype).view_as(p)
-                    scale = self.lr_scale * max(1, out / inputs) ** 0.5
-                p.add_(update * scale if scale != 1 else update, alpha=-lr)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            muon = [self.use_muon and p.ndim == 4 for p in params]
+            gradients = [
+                p.grad.add(p, alpha=weight_decay) if weight_decay and p.ndim > 1 and not rescaled else p.grad
+                for p, rescaled in zip(params, muon, strict=True)
+            ]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, gradients)
+            updates = list(torch._foreach_add(gradients, buffers, alpha=momentum))
+            rescaled = [i for i, yes in enumerate(muon) if yes]
+            last = [updates[i].permute(0, 2, 3, 1) for i in rescaled]  # channels last, as a GPU and a CPU like them best
+            matrices = zeropower_via_newtonschulz([u.flatten(1) for u in last], self.ns_steps, self.dtype)
+            for i, matrix, u in zip(rescaled, matrices, last, strict=True):
+                p, (out, inputs) = params[i], matrix.shape
+                p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
+                updates[i] = matrix.view_as(u).permute(0, 3, 1, 2) * (self.lr_scale * max(1, out / inputs) ** 0.5)
+            torch._foreach_add_(params, updates, alpha=-lr)
 
 
 class LiveHypers(dict):
