@@ -14,15 +14,13 @@ from model import ResNet
 def main(
     run: str,  # folder of a finished run
     data: str | None = None,  # where its images are now (default: where they were in training)
-    tta: bool = False,  # also measure the accuracy with horizontal-flip test-time augmentation, into metrics.json
+    tta: bool = False,  # also measure the accuracy with test-time augmentation, into metrics.json
 ):
     "Regenerate the plots and the report of a finished run."
     finished = Run.open(run)
     options, recipe = finished.options, finished.recipe
     if not finished.is_finished:
         raise UserError(f"{run} is not a finished run; finish it with {finished.resume_command('train.py')}")
-    if tta and not recipe.flip:
-        raise UserError(f"{run} was trained without flips, so flip TTA would not help; leave out --tta")
     try:
         model = ResNet(**finished.model_args)
     except (TypeError, ValueError) as reason:
@@ -37,9 +35,9 @@ def main(
     interp = write_report(learn, finished.path)
     print(f"{run}: {interp.accuracy:.2%} of {len(interp.targs):,} images correct; plots and report.md written")
     if tta:
-        accuracy = tta_accuracy(interp)
+        accuracy = tta_accuracy(interp, recipe.flip)
         finished.write_metrics(tta_accuracy=accuracy)
-        print(f"With horizontal-flip test-time augmentation: {accuracy:.2%}")
+        print(f"With test-time augmentation: {accuracy:.2%}")
 
 
 if __name__ == "__main__":

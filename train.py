@@ -11,7 +11,9 @@ from pathlib import Path
 import cifar10  # first, because it corrects matplotlib's backend
 
 # isort: split
+from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner, set_seed  # noqa: F401 (for a REPL)
+from torch import Tensor
 
 import cifar10.data
 import cifar10.learner
@@ -22,6 +24,8 @@ from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.decode import SIZE
 from cifar10.files import write, write_csv
 from cifar10.images import ImageTable
+from cifar10.initialize import init_dirac, init_whitening
+from cifar10.interpretation import tta_accuracy
 from cifar10.lr_finder import SWEEP, find_lrs, plot_lr_curve
 from cifar10.options import Options
 from cifar10.plots import save_figure
@@ -50,21 +54,26 @@ def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64
     """A Learner that trains the ResNet on `dls`, as the recipe says; `kw` are other arguments of fastai's Learner."""
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
+    if recipe.init == "dirac":
+        init_dirac(model)
+    if recipe.whiten:
+        init_whitening(model.prep[0], model.prep[1], Tensor(dls.train.one_batch()[0]))
     return cifar10.learner.get_learner(dls, model, recipe, precision, **dict(splitter=split_by_depth) | kw)
 
 
 def fit(learn: Learner, recipe: Recipe, cbs=(), done: int = 0):
     """One cycle from `recipe.lr_min` up to `recipe.lr_max` and back, of which `done` epochs are trained already."""
-    div = recipe.lr_max / recipe.lr_min
-    learn.fit_one_cycle(
-        recipe.epochs,  # 24
-        recipe.lr_max,
-        div=div,
-        div_final=1e5 if recipe.annihilate else div,  # no annihilation: it ends where it began
-        pct_start=recipe.peak_epoch / recipe.epochs,  # 5 / 24
-        cbs=[*cbs, *([ValidateLast()] if recipe.validate == "last" else [])],
-        start_epoch=done,
-    )
+    cbs = [*cbs, *([ValidateLast()] if recipe.validate == "last" else [])]
+    div, pct_start = recipe.lr_max / recipe.lr_min, recipe.peak_epoch / recipe.epochs  # 5 / 24
+    div_final = 1e5 if recipe.annihilate else div  # no annihilation: it ends where it began
+    if recipe.shape == "linear":
+        up, down = SchedLin(recipe.lr_min, recipe.lr_max), SchedLin(recipe.lr_max, recipe.lr_max / div_final)
+        cycle = ParamScheduler({"lr": combine_scheds([pct_start, 1 - pct_start], [up, down])})
+        learn.fit(recipe.epochs, recipe.lr_max, cbs=[cycle, *cbs], start_epoch=done)
+    else:
+        learn.fit_one_cycle(
+            recipe.epochs, recipe.lr_max, div=div, div_final=div_final, pct_start=pct_start, cbs=cbs, start_epoch=done
+        )
 
 
 def choose_lrs(learn: Learner, recipe: Recipe, folder: Path) -> Recipe:
@@ -102,18 +111,22 @@ def train(learn: Learner, run: Run, started: float):
     fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint)], done)
     run.save_weights(learn.model)
 
-    seconds = learn.recorder.train_seconds  # without validation; the report starts the recorder anew
+    seconds, flop = learn.recorder.train_seconds, learn.recorder.flop  # the report starts the recorder anew
     interp = write_report(learn, run.path)
+    accuracy_tta = tta_accuracy(interp, recipe.flip)
     run.write_metrics(
         accuracy=interp.accuracy,
+        tta_accuracy=accuracy_tta,
         loss=interp.losses.mean().item(),
         epochs=recipe.epochs,
         seconds=time.time() - started,  # without the time between a stop and the resume
-        seconds_training=seconds,
+        seconds_training=seconds,  # without validation
+        pflop=flop / 1e15,  # of these
         images_per_second=recipe.epochs * len(learn.dls.train) * learn.dls.bs / seconds,
         per_class_accuracy=per_class_accuracy(interp),
     )
-    print(f"{data['name']}: {interp.accuracy:.2%} of {len(interp.targs):,} images correct. See {run.path}")
+    print(f"{data['name']}: {interp.accuracy:.2%} of {len(interp.targs):,} images correct, {accuracy_tta:.2%} with"
+          f" test-time augmentation. See {run.path}")  # fmt: skip
 
 
 def main(**given):

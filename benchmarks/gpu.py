@@ -9,7 +9,6 @@ what `torch.compile` changes. No training and no compilation starts that would p
 import gc
 import itertools
 import statistics
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from fastai.vision.all import Callback, CancelFitException, DataLoaders, Learner, set_seed
 
 from benchmarks.overhead import OneBatch, plain_step
+from benchmarks.seeds import now, train_once
 from cifar10 import cli
 from cifar10.callbacks import SYNC_EVERY, StopAtNaN
 from cifar10.cli import UserError
@@ -25,20 +25,13 @@ from cifar10.files import write_json
 from cifar10.learner import resolve_precision
 from cifar10.recipes import RECIPES
 from cifar10.run import collect_env
-from train import choose_lrs, fit, get_dls, get_learner
+from train import get_dls, get_learner
 
 LR = 0.01
 WARM_UP = 5  # steps before each measurement
 BETWEEN_SYNCS = SYNC_EVERY - WARM_UP - 1  # steps after those in which nothing should make the host wait
 WAIT = "called a synchronizing"  # PyTorch's warning
 COMPILING = 120  # seconds that torch.compile needs, about
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 # ---- A training step -----------------------------------------------------------------------------------------------
@@ -147,22 +140,11 @@ def compiled_results(dls: DataLoaders, width: int, steps: int, rounds: int) -> d
 # ---- Whole trainings -----------------------------------------------------------------------------------------------
 
 
-def whole_training(dls: DataLoaders, name: str, seed: int, width: int) -> tuple[float, float]:
-    """Seconds and accuracy of a training by a recipe: with the LR finder, if it has one, and validation."""
-    recipe = RECIPES[name]
-    begin = now(dls.device)
-    set_seed(seed, reproducible=True)
-    dls.train.rng.seed(seed)  # which draws the order of the images
-    learn = get_learner(dls, recipe, width=width)
-    with learn.no_logging(), tempfile.TemporaryDirectory() as folder:
-        fit(learn, choose_lrs(learn, recipe, Path(folder)))
-    return now(dls.device) - begin, learn.recorder.values[-1][-1]
-
-
-def summarize(trainings: dict[int, tuple[float, float]]) -> dict:
-    """Mean, standard deviation and all values of seconds and accuracy of trainings by their seeds."""
-    results = {"seeds": list(trainings)}
-    for quantity, values in zip(("seconds", "accuracy"), zip(*trainings.values(), strict=True), strict=True):
+def summarize(trainings: dict[int, dict]) -> dict:
+    """Mean, standard deviation and all values of seconds and accuracies of trainings by their seeds."""
+    results: dict = {"seeds": list(trainings)}
+    for quantity in ("seconds", "accuracy", "tta_accuracy"):
+        values = [metrics[quantity] for metrics in trainings.values()]
         spread = statistics.stdev(values) if len(values) > 1 else None
         results[quantity] = dict(mean=statistics.mean(values), standard_deviation=spread, values=list(values))
     return results
@@ -194,11 +176,11 @@ def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, e
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         try:
-            trainings[name][seed] = whole_training(dls, name, seed, width)
+            trainings[name][seed] = train_once(get_dls(dls.train.table, RECIPES[name]), RECIPES[name], seed, width)
         except UserError as reason:  # from the LR finder
             note(f"{name} with seed {seed}", f"failed: {reason}")
             continue
-        expected[name] = max(seconds for seconds, _ in trainings[name].values())
+        expected[name] = max(metrics["seconds"] for metrics in trainings[name].values())
         note(name, summarize(trainings[name]) | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30})
     if time.perf_counter() + COMPILING < end:
         try:

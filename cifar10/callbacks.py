@@ -6,13 +6,11 @@ from datetime import datetime, timedelta
 
 import torch
 from fastai.callback.core import Callback, CancelValidException
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
 from fastcore.foundation import L
 from fastprogress.fastprogress import format_time
-from torch import Tensor, nn
-from torchvision.transforms.v2.functional import resize
+from torch import Tensor
 
 from cifar10.cli import UserError
 from cifar10.recipes import Recipe
@@ -72,6 +70,7 @@ class EpochRecorder(Recorder):
         super().before_fit()
         self.step_losses, self.seconds, self.extra = [], [], []  # of each step; of each epoch with validation
         self.train_seconds = 0.0  # of all epochs, without validation
+        self.flop = 0.0  # see `CountFlop`
 
     def before_epoch(self):
         super().before_epoch()
@@ -131,47 +130,6 @@ class EpochRecorder(Recorder):
         if getattr(self, "cancel_train", False):
             return L()
         return L(self.train_loss) + (self.metrics if self.train_metrics else L())
-
-
-class GradientValueClip(Callback):
-    """Clip each value of the gradient to [−`limit`, `limit`], as the assignment's notebook does."""
-
-    order = MixedPrecision.order + 1  # after fp16 gradients are unscaled
-
-    def __init__(self, limit: float):
-        self.limit = limit
-
-    def before_step(self):
-        nn.utils.clip_grad_value_(self.model.parameters(), self.limit)
-
-
-class L1Penalty(Callback):
-    """Train on the loss plus `factor` × the sum of all parameters' absolute values; the recorded loss is without it."""
-
-    run_valid = False
-
-    def __init__(self, factor: float):
-        self.factor = factor
-
-    def after_loss(self):
-        self.learn.loss_grad = self.loss_grad + self.factor * sum(p.abs().sum() for p in self.model.parameters())
-
-
-class ProgressiveResize(Callback):
-    """Train on images of the recipe's sizes, one after the other; validate on full-size images.
-
-    Source: Howard, "Training Imagenet in 3 hours for $25; and CIFAR10 for $0.26", 2018.
-    """
-
-    run_valid = False
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-
-    def before_batch(self):
-        side = self.recipe.side(self.pct_train)
-        if side < self.x.shape[-1]:
-            self.learn.xb = (resize(self.x, [side, side], antialias=True),)
 
 
 class ValidateLast(Callback):

@@ -42,6 +42,7 @@ def state_dict(learn: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
         extra=recorder.extra,
         seconds=recorder.seconds,
         train_seconds=recorder.train_seconds,
+        flop=recorder.flop,
     )
     return tensors, state
 
@@ -72,7 +73,7 @@ def load_state_dict(learn: Learner, tensors: dict[str, Tensor], state: dict[str,
     recorder.step_losses = list(tensors["losses"].to(learn.dls.device))
     recorder.values, recorder.seconds = [L(row) for row in state["values"]], state["seconds"]
     recorder.extra = state["extra"]
-    recorder.train_seconds = state["train_seconds"]
+    recorder.train_seconds, recorder.flop = state["train_seconds"], state["flop"]
 
 
 class SaveCheckpoint(Callback):

@@ -94,14 +94,30 @@ class Interpretation(ClassificationInterpretation):
         return torch.Tensor(self.dl.after_batch(batch)[0]), torch.Tensor(batch[0]).float() / 255
 
 
-class HorizontalFlip(Callback):
-    """Show the model every image mirrored."""
+class View(Callback):
+    """Show the model every image shifted down and right by `shift` pixels, reflected at the border, and mirrored."""
+
+    def __init__(self, shift: int, mirror: bool):
+        self.shift, self.mirror = shift, mirror
 
     def before_batch(self):
-        self.learn.xb = (self.x.flip(-1),)
+        pad, (height, width) = abs(self.shift), self.x.shape[-2:]
+        top = pad - self.shift
+        x = F.pad(Tensor(self.x), (pad,) * 4, "reflect")[:, :, top : top + height, top : top + width]
+        self.learn.xb = (x.flip(-1) if self.mirror else x,)
 
 
-def tta_accuracy(interp: Interpretation) -> float:
-    """Accuracy with horizontal-flip test-time augmentation: of the mean probabilities of image and mirror image."""
-    mirrored, _ = interp.learn.get_preds(dl=interp.dl, cbs=HorizontalFlip())
-    return ((interp.preds + mirrored).argmax(dim=1) == interp.targs).double().mean().item()
+def tta_accuracy(interp: Interpretation, flip: bool = True) -> float:
+    """Accuracy with test-time augmentation: of the weighted mean of the logits for six views of each image.
+
+    They are the image and the mirror image, each as it is (weight ½) and shifted by one pixel along the diagonal, up
+    and down (¼ each); without the mirror images if the model was trained without `flip`.
+    Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
+    """
+    total = torch.zeros_like(interp.preds)
+    for shift, weight in ((0, 0.5), (-1, 0.25), (1, 0.25)):
+        for mirror in (False, True)[: 1 + flip]:
+            known = shift == 0 and not mirror
+            preds = interp.preds if known else interp.learn.get_preds(dl=interp.dl, cbs=View(shift, mirror))[0]
+            total += weight * preds.clamp_min(1e-30).log()  # the logits up to a constant for each image
+    return (total.argmax(dim=1) == interp.targs).double().mean().item()

@@ -11,10 +11,11 @@ from fastai.learner import CastToTensor
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, Learner, accuracy
 from torch import nn
 
-from cifar10.callbacks import EpochRecorder, GradientValueClip, L1Penalty, Progress, ProgressiveResize
+from cifar10.callbacks import EpochRecorder, Progress
 from cifar10.cli import UserError
 from cifar10.optim import LiveOptimWrapper, Muon
 from cifar10.recipes import Recipe
+from cifar10.tricks import CountFlop, FreezeLayers, GradientValueClip, L1Penalty, ProgressiveResize
 
 
 class CPUMixedPrecision(MixedPrecision):
@@ -75,9 +76,13 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
     """
     device = torch.device(dls.device)  # `dls.to("cpu")` makes it a string
     precision = resolve_precision(precision, device)
+    norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
+    for norm in norms:
+        norm.weight.requires_grad_(recipe.train_norm_scales)
+    biases = {norm.bias: recipe.norm_bias_lr_scale for norm in norms if recipe.norm_bias_lr_scale != 1}
     optimizer = partial(
         Muon, momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
-        lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps,
+        lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps, lr_scales=biases,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )  # fmt: skip
     model = model.to(device)
@@ -95,6 +100,8 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
             *([GradientValueClip(recipe.clip)] if recipe.clip else []),
             *([L1Penalty(recipe.l1)] if recipe.l1 else []),
             *([ProgressiveResize(recipe)] if len(recipe.sizes) > 1 else []),
+            *([FreezeLayers(recipe)] if recipe.freeze else []),
+            CountFlop(),
             *L(cbs),
         ],
     )

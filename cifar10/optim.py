@@ -1,5 +1,9 @@
 """The optimizer: Muon for convolutions, SGD for all other parameters, in one class."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from fastai.optimizer import OptimWrapper, set_item_pg
 from torch import Tensor
@@ -43,16 +47,19 @@ class Muon(torch.optim.Optimizer):
     about that norm, too, so `lr` × `lr_scale` is the relative size of a step. All other parameters follow
     `torch.optim.SGD(nesterov=True)`. `weight_decay` is for weights only: neither for parameters with one dimension
     (biases and normalization layers) nor for rescaled ones. Parameter groups play no part in this, because fastai uses
-    them for freezing and discriminative learning rates. `dtype` is that of the large matrix products.
+    them for freezing and discriminative learning rates. `lr_scales` are factors for the learning rates of single
+    parameters. `dtype` is that of the large matrix products.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, and Jordan's CIFAR-10
     record, which rescales the weights as well. `torch.optim.Muon` takes matrices only.
     """
 
     def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 0.0,
-                 use_muon: bool = True, lr_scale: float = 1.0, ns_steps: int = 3, dtype=torch.float32):  # fmt: skip
+                 use_muon: bool = True, lr_scale: float = 1.0, ns_steps: int = 3,
+                 lr_scales: Mapping[Any, float] = MappingProxyType({}), dtype=torch.float32):  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.use_muon, self.lr_scale, self.ns_steps, self.dtype = use_muon, lr_scale, ns_steps, dtype
+        self.lr_scales = dict(lr_scales)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -74,12 +81,17 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, gradients)
             updates = list(torch._foreach_add(gradients, buffers, alpha=momentum))
             rescaled = [i for i, yes in enumerate(muon) if yes]
-            last = [updates[i].permute(0, 2, 3, 1) for i in rescaled]  # channels last, as a GPU and a CPU like them best
+            last = [
+                updates[i].permute(0, 2, 3, 1) for i in rescaled
+            ]  # channels last, as a GPU and a CPU like them best
             matrices = zeropower_via_newtonschulz([u.flatten(1) for u in last], self.ns_steps, self.dtype)
             for i, matrix, u in zip(rescaled, matrices, last, strict=True):
                 p, (out, inputs) = params[i], matrix.shape
                 p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
                 updates[i] = matrix.view_as(u).permute(0, 3, 1, 2) * (self.lr_scale * max(1, out / inputs) ** 0.5)
+            for i, p in enumerate(params):
+                if p in self.lr_scales:
+                    updates[i] = updates[i] * self.lr_scales[p]
             torch._foreach_add_(params, updates, alpha=-lr)
 
 

@@ -20,7 +20,9 @@ def test_singular_values_come_near_one(shape):
 def test_bfloat16_is_precise_enough():
     torch.manual_seed(0)
     matrix = torch.randn(64, 300)
-    [exact], [rounded] = (zeropower_via_newtonschulz([matrix], dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    [exact], [rounded] = (
+        zeropower_via_newtonschulz([matrix], dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() / exact.norm() < 0.01
 
 

@@ -1,0 +1,89 @@
+"""A recipe from several seeds: `python -m benchmarks.seeds fast --seeds 5 --out results/seeds`
+
+Each seed's metrics go to a folder `<recipe>-<seed>`, as those of a run by train.py do; the images stay in memory.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from fastai.vision.all import DataLoaders, set_seed
+
+from cifar10 import cli
+from cifar10.callbacks import StopAtNaN
+from cifar10.cli import UserError
+from cifar10.files import write_json
+from cifar10.images import ImageTable
+from cifar10.interpretation import Interpretation, tta_accuracy
+from cifar10.options import Options
+from cifar10.recipes import RECIPES, Recipe, choices
+from cifar10.run import collect_env
+from train import choose_lrs, fit, get_dls, get_learner
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int = 64) -> dict[str, Any]:
+    """The metrics of a training by a recipe: with the LR finder, if it has one, and validation. Needs no folder."""
+    begin = now(dls.device)
+    set_seed(seed, reproducible=True)
+    dls.train.rng.seed(seed)  # which draws the order of the images
+    learn = get_learner(dls, recipe, width=width)
+    with learn.no_bar(), learn.no_logging(), tempfile.TemporaryDirectory() as folder:
+        chosen = choose_lrs(learn, recipe, Path(folder))
+        fit(learn, chosen, [StopAtNaN()])
+        seconds, recorder = now(dls.device) - begin, learn.recorder
+        trained = dict(seconds=seconds, seconds_training=recorder.train_seconds, pflop=recorder.flop / 1e15)
+        history = [[*row, *extra] for row, extra in zip(recorder.values, recorder.extra, strict=True)]
+        interp = Interpretation(learn)
+        tta = tta_accuracy(interp, recipe.flip)
+    learning_rates = dict(lr_min=chosen.lr_min, lr_max=chosen.lr_max)
+    accuracies = dict(accuracy=interp.accuracy, tta_accuracy=tta, loss=interp.losses.mean().item())
+    return accuracies | dict(epochs=recipe.epochs) | trained | learning_rates | dict(history=history)
+
+
+def main(
+    recipe: Annotated[str, choices(*RECIPES)],  # how to train
+    data: str = "cifar10",  # as for train.py
+    seeds: int = 5,  # trainings
+    first: int = 0,  # seed of the first of them
+    valid: Annotated[str, choices("test", "holdout")] = "test",  # as for train.py
+    changes: str = "{}",  # to the recipe, in JSON: '{"label_smoothing": 0}'
+    width: int = 64,  # of the ResNet
+    out: str = "",  # folder for the results
+):
+    "Train by a recipe from several seeds, and write the metrics of each."
+    images = ImageTable.open(data)
+    try:
+        fields = json.loads(changes)
+        changed = Recipe.from_json(asdict(Options(recipe=recipe, valid=valid).resolve(images)) | fields)
+    except (TypeError, ValueError) as reason:
+        raise UserError(f"changes is {changes!r}; it must be a recipe's fields in JSON ({reason})") from None
+    dls = get_dls(images, changed, valid)
+    accuracies = []
+    for seed in range(first, first + seeds):
+        metrics = train_once(dls, changed, seed, width)
+        accuracies.append(metrics["accuracy"])
+        print(f"{recipe}, seed {seed}: {metrics['accuracy']:.2%}, {metrics['tta_accuracy']:.2%} with test-time"
+              f" augmentation, {metrics['pflop']:.3f} PFLOP, {metrics['seconds']:.1f} s", flush=True)  # fmt: skip
+        if out:
+            folder = Path(out) / f"{recipe}-{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            about = dict(recipe=asdict(replace(changed, name=recipe)), seed=seed, valid=valid, width=width)
+            write_json(folder / "metrics.json", metrics)
+            write_json(folder / "config.json", about | collect_env())
+    print(f"mean {statistics.mean(accuracies):.2%}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

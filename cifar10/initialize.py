@@ -1,0 +1,42 @@
+"""How a recipe initializes the ResNet, where PyTorch's defaults are not the best start."""
+
+import torch
+from torch import Tensor, nn
+
+WHITENING_EPS = 5e-4  # added to each variance, in units of a normalized image; below it there is mostly noise
+
+
+@torch.no_grad()
+def init_dirac(model: nn.Module):
+    """The first filters of each convolution hand their input on, as far as it is as wide; others stay as they are.
+
+    All but the first convolution, so that in the beginning an image's whitened patches reach the head.
+    Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
+    """
+    _, *others = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    for conv in others:
+        nn.init.dirac_(conv.weight.data[: conv.in_channels])
+
+
+@torch.no_grad()
+def init_whitening(conv: nn.Conv2d, norm: nn.Module, images: Tensor):
+    """Make a convolution's filters the whitening transform of its patches, and keep them so; `images` `(N, C, H, W)`.
+
+    The filters are the eigenvectors of the patches' covariance and their negatives, each scaled to unit variance, and
+    random mixtures of them if there are more. The normalization that follows would bring even the faintest
+    eigenvectors, which are noise, up to unit variance, so its scales keep what `WHITENING_EPS` takes from them.
+    Source: Page, "How to Train Your ResNet 8: Bag of Tricks", 2019.
+    """
+    k, out = conv.kernel_size[0], conv.out_channels
+    patches = images.double().unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    variances, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())
+    variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1).T  # rows, the largest variance first
+    filters, kept = vectors / (variances + WHITENING_EPS).sqrt()[:, None], variances / (variances + WHITENING_EPS)
+    pairs = min(len(filters), out // 2)
+    mixtures = nn.functional.normalize(torch.randn(out - 2 * pairs, len(filters)).double())
+    weight = torch.cat([filters[:pairs], -filters[:pairs], mixtures @ filters])
+    conv.weight.copy_(weight.view_as(conv.weight))
+    conv.weight.requires_grad_(False)
+    if conv.bias is not None:
+        conv.bias.zero_()  # the normalization cancels it
+    norm.weight.copy_(torch.cat([kept[:pairs], kept[:pairs], mixtures.square() @ kept]).sqrt())

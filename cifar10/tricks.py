@@ -1,0 +1,107 @@
+"""What a recipe adds to fastai's training loop: one small callback for each trick."""
+
+from copy import deepcopy
+
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2.functional import resize
+
+from cifar10.recipes import Recipe
+
+
+class GradientValueClip(Callback):
+    """Clip each value of the gradient to [−`limit`, `limit`], as the assignment's notebook does."""
+
+    order = MixedPrecision.order + 1  # after fp16 gradients are unscaled
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def before_step(self):
+        nn.utils.clip_grad_value_(self.model.parameters(), self.limit)
+
+
+class L1Penalty(Callback):
+    """Train on the loss plus `factor` × the sum of all parameters' absolute values; the recorded loss is without it."""
+
+    run_valid = False
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def after_loss(self):
+        self.learn.loss_grad = self.loss_grad + self.factor * sum(p.abs().sum() for p in self.model.parameters())
+
+
+class ProgressiveResize(Callback):
+    """Train on images of the recipe's sizes, one after the other; validate on full-size images.
+
+    Source: Howard, "Training Imagenet in 3 hours for $25; and CIFAR10 for $0.26", 2018.
+    """
+
+    run_valid = False
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def before_batch(self):
+        side = self.recipe.side(self.pct_train)
+        if side < self.x.shape[-1]:
+            self.learn.xb = (resize(self.x, [side, side], antialias=True),)
+
+
+class FreezeLayers(Callback):
+    """Stop training the recipe's `freeze` layers, each from its part of the training on; afterwards all are as before.
+
+    Early layers settle first, and a backward pass that ends behind them is shorter.
+    Source: Brock et al., "FreezeOut: Accelerate Training by Progressively Freezing Layers", 2017.
+    """
+
+    run_valid = False
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.frozen: list[nn.Parameter] = []
+
+    def before_batch(self):
+        for layer, begin in self.recipe.freeze:
+            if self.pct_train >= begin:
+                for p in getattr(self.model, layer).parameters():
+                    if p.requires_grad:
+                        self.frozen.append(p.requires_grad_(False))
+                        p.grad = None
+
+    def after_fit(self):
+        for p in self.frozen:
+            p.requires_grad_(True)
+        self.frozen = []
+
+
+class CountFlop(Callback):
+    """Sum up the floating-point operations of the model's forward and backward passes in `learn.recorder.flop`.
+
+    PyTorch counts those of two images whenever the images' size or the trained parameters change; what is not computed
+    for a frozen layer is not counted.
+    """
+
+    order, run_valid = 90, False  # after the images have been resized
+
+    def before_fit(self):
+        self.per_image: dict[tuple, float] = {}
+
+    def before_batch(self):
+        key = (*self.x.shape[1:], *(p.requires_grad for p in self.model.parameters()))
+        if key not in self.per_image:
+            self.per_image[key] = count_flop(self.model, torch.Tensor(self.x[:2])) / len(self.x[:2])
+        self.recorder.flop += len(self.x) * self.per_image[key]
+
+
+def count_flop(model: nn.Module, images: torch.Tensor) -> int:
+    """Operations of a forward and a backward pass: two for each multiply-add of convolutions and matrix products."""
+    model = deepcopy(model).train()
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        model(images).sum().backward()
+    return counter.get_total_flops()
