@@ -66,7 +66,7 @@ def fit(learn: Learner, recipe: Recipe, cbs=(), done: int = 0):
     cbs = [*cbs, *([ValidateLast()] if recipe.validate == "last" else [])]
     div, pct_start = recipe.lr_max / recipe.lr_min, recipe.peak_epoch / recipe.epochs  # 5 / 24
     div_final = 1e5 if recipe.annihilate else div  # no annihilation: it ends where it began
-    if recipe.shape == "linear":
+    if recipe.anneal_strategy == "linear":
         up, down = SchedLin(recipe.lr_min, recipe.lr_max), SchedLin(recipe.lr_max, recipe.lr_max / div_final)
         cycle = ParamScheduler({"lr": combine_scheds([pct_start, 1 - pct_start], [up, down])})
         learn.fit(recipe.epochs, recipe.lr_max, cbs=[cycle, *cbs], start_epoch=done)

@@ -13,7 +13,7 @@ from commandline import ROOT
 from matplotlib import pyplot as plt
 from torch import nn
 
-from benchmarks import ablation, compare, gpu
+from benchmarks import ablation, compare, gpu, seeds
 from benchmarks.speed import CONVOLUTIONS, training_flops
 from cifar10.cli import UserError
 from cifar10.recipes import RECIPES
@@ -161,16 +161,33 @@ def test_the_steps_of_the_gpu_benchmark(digits, monkeypatch):
     assert figures["times_as_fast"] == pytest.approx(figures["off_ms"] / figures["on_ms"])
 
 
-def test_the_trainings_of_the_gpu_benchmark(digits, monkeypatch):
-    monkeypatch.setitem(RECIPES, "faster", replace(RECIPES["faster"], epochs=1, peak_epoch=0.2))
-    results = [gpu.whole_training(digits, "faster", seed, width=4) for seed in (0, 0, 1)]
-    accuracies = [accuracy for _, accuracy in results]
-    assert accuracies[0] == accuracies[1]
+def test_several_trainings(digits, monkeypatch):
+    recipe = replace(RECIPES["faster"], epochs=1, peak_epoch=0.2)
+    results = [seeds.train_once(digits, recipe, seed, width=4) for seed in (0, 0, 1)]
+    accuracies = [metrics["accuracy"] for metrics in results]
+    assert accuracies[0] == accuracies[1] and results[0]["loss"] != results[2]["loss"]
+    assert results[0]["pflop"] > 0 and 0 < results[0]["tta_accuracy"] <= 1 and len(results[0]["history"]) == 1
     figures = gpu.summarize(dict(enumerate(results)))
     assert figures["seeds"] == [0, 1, 2] and figures["accuracy"]["values"] == accuracies
-    assert figures["seconds"]["mean"] == pytest.approx(sum(seconds for seconds, _ in results) / 3)
+    assert figures["seconds"]["mean"] == pytest.approx(sum(metrics["seconds"] for metrics in results) / 3)
     assert figures["accuracy"]["standard_deviation"] == pytest.approx(torch.tensor(accuracies).std().item(), rel=1e-4)
     assert gpu.summarize({5: results[0]})["seconds"]["standard_deviation"] is None
+
+
+def test_seeds_on_the_command_line(tmp_path):
+    """Each seed has a folder with its metrics, and with what they depend on."""
+    quick = '{"epochs": 1, "peak_epoch": 0.5, "freeze": []}'
+    arguments = ("faster", "--data", "digits", "--seeds", 2, "--first", 7, "--width", 4, "--changes", quick)
+    done = module("seeds", *arguments, "--valid", "holdout", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for seed in (7, 8):
+        metrics, config = (
+            json.loads((tmp_path / f"faster-{seed}" / f"{name}.json").read_text()) for name in ("metrics", "config")
+        )
+        assert config["seed"] == seed and config["recipe"]["epochs"] == 1 and config["valid"] == "holdout"
+        assert f"seed {seed}: {metrics['accuracy']:.2%}" in done.stdout
+    done = module("seeds", "fast", "--data", "digits", "--changes", '{"epoch": 1}')
+    assert done.returncode == 2 and "must be a recipe's fields in JSON" in done.stderr
 
 
 def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, monkeypatch):
@@ -186,13 +203,13 @@ def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, 
             warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, "a/fastai/learner.py", 7)
             warnings.warn("something else", stacklevel=1)
 
-    def train(dls, name, seed, width):
-        if (name, seed) == ("assignment", 0):
+    def train(dls, recipe, seed, width):
+        if (recipe.name, seed) == ("assignment", 0):
             raise UserError("the loss blows up")
-        return whole_training(dls, name, seed, width)
+        return train_once(dls, replace(recipe, batch_size=64), seed, width)
 
-    whole_training = gpu.whole_training
-    monkeypatch.setattr(gpu, "whole_training", train)
+    train_once = gpu.train_once
+    monkeypatch.setattr(gpu, "train_once", train)
     monkeypatch.setattr(nn.Module, "compile", fail)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", warn_once)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
@@ -204,7 +221,7 @@ def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, 
     figures = json.loads(out.read_text())
     assert figures["step"]["ratio"] > 0 and "no compiler" in figures["compile"]
     assert figures["waits"] == {name: {"fastai/learner.py/7": 1} for name in RECIPES}
-    assert modes == ["warn", "default", "default"] * 3
+    assert modes == ["warn", "default", "default"] * len(RECIPES)
     assert "blows up" in figures["assignment with seed 0"]
     for name in RECIPES:
         assert figures[name]["seeds"] == ([1] if name == "assignment" else [0, 1])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import small
-from fastai.vision.all import Callback, MixedPrecision, ProgressCallback, set_seed
+from fastai.vision.all import Callback, ProgressCallback
 
 from cifar10 import callbacks
 from cifar10.callbacks import TimeEstimate, ValidateLast
@@ -27,42 +27,6 @@ def test_rows_hold_the_means_over_the_images(dls):
     probabilities, targets, each = learn.get_preds(with_loss=True)
     assert values[1][1] == pytest.approx(each.mean().item(), rel=1e-5)
     assert values[1][2] == pytest.approx((probabilities.argmax(1) == targets).float().mean().item())
-
-
-def gradients(learn) -> torch.Tensor:
-    """All gradients of one training step."""
-    kept = []
-
-    class Keep(Callback):
-        order = 100
-
-        def before_step(self):
-            kept.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
-
-    set_seed(3)
-    learn.dls.train.rng.seed(3)
-    learn.fit(1, 0.0, cbs=Keep())
-    return kept[0]
-
-
-def test_clip_limits_each_value(dls):
-    assert gradients(small(dls)).abs().max() > 0.01
-    assert gradients(small(dls, clip=0.01)).abs().max() == pytest.approx(0.01)
-
-
-def test_clip_comes_after_the_scaling_of_fp16(dls):
-    learn = small(dls, clip=0.01)
-    order = [type(cb).__name__ for cb in (learn.cbs + MixedPrecision()).sorted("order")]
-    assert order.index("GradientValueClip") > order.index("MixedPrecision")
-
-
-def test_l1_adds_its_factor_to_each_gradient(dls):
-    set_seed(5)
-    plain = small(dls)
-    set_seed(5)
-    penalised = small(dls, l1=0.5)
-    signs = torch.cat([p.detach().sign().flatten() for p in plain.model.parameters()])
-    torch.testing.assert_close(gradients(penalised) - gradients(plain), 0.5 * signs, atol=1e-4, rtol=1e-3)
 
 
 class Sizes(Callback):
@@ -89,7 +53,7 @@ def test_images_grow_and_validation_sees_full_size_ones(dls, recipe):
     assert last[1] > 0 and last[2] > 0.5  # 1.0 with each of 12 seeds
 
 
-@pytest.mark.parametrize(("recipe", "done", "work"), [("assignment", 0, 6), ("assignment", 2, 4), ("fast", 0, 25 / 3)])
+@pytest.mark.parametrize(("recipe", "done", "work"), [("assignment", 0, 6), ("assignment", 2, 4), ("fast", 0, 9)])
 def test_the_time_estimate_is_given_once_and_right(dls, monkeypatch, recipe, done, work):
     """By a clock on which a step takes a second: 10 steps of the sweep, `work` epochs of 12, validation of 4 thirds."""
     dls = get_dls(dls.train.table.folder, batch_size=4)

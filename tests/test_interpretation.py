@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import ClassificationInterpretation, set_seed
+from fastai.vision.all import Callback, ClassificationInterpretation, set_seed
 from PIL import Image
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch.nn import functional as F
 
-from cifar10.interpretation import Interpretation, grad_cam, tta_accuracy
+from cifar10.interpretation import Interpretation, View, grad_cam, tta_accuracy
 from cifar10.plots import GRADCAM_LAYERS
 from cifar10.report import per_class_accuracy
 from model import ResNet
@@ -116,11 +117,32 @@ def test_misclassified_are_wrong_and_sorted(interp):
     assert (probabilities.diff() >= 0).all()
 
 
-def test_tta(interp):
-    """The mean of the two views' probabilities, as by hand; the Learner is left as it was."""
+@pytest.mark.parametrize("flip", [True, False])
+def test_tta(interp, flip):
+    """The weighted mean of the views' logits, as by hand; the Learner is left as it was."""
     images = interp.images(torch.arange(len(interp.targs)))[0]
+    wide = F.pad(images, (1, 1, 1, 1), "reflect")
+    views = {0.5: [images], 0.25: [wide[:, :, :-2, :-2], wide[:, :, 2:, 2:]]}
     with torch.no_grad():
-        views = [interp.learn.model.eval()(x).softmax(dim=1) for x in (images, images.flip(-1))]
-    accuracy = (sum(views).argmax(dim=1) == interp.targs).double().mean().item()
-    assert tta_accuracy(interp) == pytest.approx(accuracy, abs=1.5 / len(images))  # one may be a tie
-    assert not hasattr(interp.learn, "horizontal_flip")
+        model = interp.learn.model.eval()
+        logits = sum(
+            weight * (model(x) + flip * model(x.flip(-1))) for weight, shifted in views.items() for x in shifted
+        )
+    accuracy = (logits.argmax(dim=1) == interp.targs).double().mean().item()
+    assert tta_accuracy(interp, flip) == pytest.approx(accuracy, abs=1.5 / len(images))  # one may be a tie
+    assert not hasattr(interp.learn, "view")
+
+
+def test_a_view_is_shifted_and_mirrored(interp):
+    seen = []
+
+    class Keep(Callback):
+        order = 100
+
+        def before_batch(self):
+            seen.append(self.x)
+
+    interp.learn.get_preds(dl=interp.dl, cbs=[View(1, True), Keep()])
+    image, view = interp.images(torch.arange(1))[0][0], seen[0][0].flip(-1)
+    torch.testing.assert_close(torch.Tensor(view[:, 1:, 1:]), image[:, :-1, :-1])
+    torch.testing.assert_close(torch.Tensor(view[:, 0, 1:]), image[:, 1, :-1])  # reflected

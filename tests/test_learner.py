@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, make_images, small
 from fastai.vision.all import Callback, load_learner, set_seed
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from augment import Cutout, RandomCrop
@@ -18,7 +19,7 @@ from cifar10.files import read_csv
 from cifar10.learner import resolve_precision
 from cifar10.optim import Muon
 from cifar10.recipes import ASSIGNMENT, RECIPES
-from train import get_dls, get_learner
+from train import fit, get_dls, get_learner
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,19 @@ def test_the_rate_starts_and_ends_at_lr_min(dls):
     lrs = [float(lr) for lr in learn.recorder.lrs]
     assert len(lrs) == 24 and lrs[0] == pytest.approx(0.002) and max(lrs) == pytest.approx(0.1)
     assert lrs.index(max(lrs)) == 6 and lrs[-1] < 0.005
-    assert set(learn.recorder.hps["mom"]) == {0.9}
+    assert set(learn.recorder.hps["mom"]) == {0.85}
+
+
+def test_a_linear_cycle(dls):
+    """Straight up to lr_max, straight down to near zero, or to lr_min; the same when it is resumed."""
+    recipe = replace(RECIPES["best"], epochs=4, peak_epoch=1, lr_min=0.02, lr_max=0.1)
+    for annihilate, end in ((True, 1e-6), (False, 0.02)):
+        learn = small(dls)
+        fit(learn, replace(recipe, annihilate=annihilate))
+        up, down = torch.linspace(0.02, 0.1, 4), torch.linspace(0.1, end, 10)
+        assert [float(lr) for lr in learn.recorder.lrs] == pytest.approx(
+            [*up[:3].tolist(), *down[:9].tolist()], abs=1e-4
+        )
 
 
 def test_same_seed_same_weights(shapes):
@@ -182,9 +195,15 @@ def test_the_recipe_reaches_the_learner(dls):
     assert optimizer.ns_steps == 2 and optimizer.lr_scale == 0.4 and optimizer.use_muon
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.02}
     assert learn.loss_func.func.label_smoothing == 0.3 and learn.model.logit_scale == 0.5
-    learn = get_learner(dls, replace(recipe, optimizer="sgd"), width=2, precision="fp32")
+    assert not optimizer.lr_scales and all(norm.weight.requires_grad for norm in norms(learn.model))
+    learn = get_learner(dls, replace(recipe, optimizer="sgd", norm_bias_lr_scale=5, train_norm_scales=False), width=2)
     learn.create_opt()
-    assert not learn.opt.opt.use_muon
+    assert not learn.opt.opt.use_muon and not any(norm.weight.requires_grad for norm in norms(learn.model))
+    assert learn.opt.opt.lr_scales == {norm.bias: 5 for norm in norms(learn.model)} and len(norms(learn.model)) == 8
+
+
+def norms(model) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

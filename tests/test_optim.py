@@ -72,6 +72,25 @@ def test_the_weights_of_a_convolution_keep_their_length():
     assert conv.weight.norm().item() == pytest.approx(4, rel=0.01)
 
 
+def test_single_parameters_have_learning_rates_of_their_own():
+    model = ResNet(width=2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Muon(model.parameters(), lr=0.01, lr_scales={model.prep[1].bias: 5.0}).step()
+    moved = {name: (before[name] - p.detach()).mean().item() for name, p in model.named_parameters() if p.ndim < 4}
+    assert moved.pop("prep.1.bias") == pytest.approx(5 * 0.019, rel=1e-4)
+    assert list(moved.values()) == pytest.approx([0.019] * len(moved), rel=1e-3)
+
+
+def test_matrices_of_one_size_are_orthogonalized_like_single_ones():
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in ((8, 30), (30, 8), (5, 9), (8, 8))]
+    for one, together in zip(matrices, zeropower_via_newtonschulz(matrices), strict=True):
+        torch.testing.assert_close(zeropower_via_newtonschulz([one])[0], together)
+    assert zeropower_via_newtonschulz([]) == []
+
+
 def test_weight_decay_is_for_weights_that_are_not_rescaled():
     """Whatever the parameter groups are: with a zero gradient, only the FC layer's weights shrink."""
     model = ResNet(width=2)

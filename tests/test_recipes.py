@@ -30,6 +30,7 @@ def test_a_recipe_survives_json(recipe):
     assert Recipe.from_json(values) == recipe
     del values["clip"]  # a field that an older version did not have
     assert Recipe.from_json(values) == recipe
+    assert values["freeze"] == [list(pair) for pair in recipe.freeze]
     with pytest.raises(TypeError):
         Recipe.from_json(values | {"unknown": 1})
 
@@ -38,8 +39,12 @@ def test_a_recipe_survives_json(recipe):
     ("changes", "says"),
     [
         (dict(sizes=((32, 0.5),)), "sizes"),
-        (dict(sizes=((20, 1.0),)), "sizes"),
+        (dict(sizes=((22, 1.0),)), "sizes"),
         (dict(sizes=((16, 0.5), (24, 0.2), (32, 1.0))), "sizes"),
+        (dict(freeze=(("fc", 0.5),)), "freeze is .* it must pair prep, layer1"),
+        (dict(freeze=(("prep", 1.5),)), "with parts from 0 to 1"),
+        (dict(anneal_strategy="step"), "anneal_strategy is 'step'; it must be one of cos, linear"),
+        (dict(norm_bias_lr_scale=0), "norm_bias_lr_scale is 0; it must be above 0"),
         (dict(crop_mode="mirror"), "crop_mode is 'mirror'; it must be one of reflect"),
         (dict(momentum=1.5), "momentum is 1.5; it must be at least 0 and at most 1"),
         (dict(ns_steps=0), "ns_steps is 0; it must be at least 1"),
@@ -57,7 +62,7 @@ def test_it_adapts_to_the_data():
     assert ASSIGNMENT.adapted(50_000) == ASSIGNMENT
     assert [ASSIGNMENT.adapted(images).batch_size for images in (9_999, 30)] == [64, 30]
     assert ASSIGNMENT.adapted(9_999, batch_size=100).batch_size == 100
-    assert FAST.adapted(50_000, epochs=40).peak_epoch == 6
+    assert FAST.adapted(50_000, epochs=40).peak_epoch == 8
 
 
 def test_sides():
