@@ -9,7 +9,7 @@ import numpy as np
 import sklearn.metrics as skm
 import torch
 from matplotlib import pyplot as plt
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar10.files import read_csv, write
 from cifar10.interpretation import Interpretation, grad_cam
@@ -196,3 +196,21 @@ def plot_grad_cam(interp: Interpretation):
     bar.ax.set_yticklabels(["none", "most"])
     bar.set_label("evidence for the class named above", labelpad=-18)
     figure.suptitle(f"Grad-CAM, the evidence for each class, of {which_images(interp, len(rows))}")
+
+
+def plot_explained(model: nn.Module, image: Tensor, pixels: Tensor, names: list[str], probabilities: Tensor):
+    """One image `(3, H, W)`, as the model's input and in [0, 1], with the Grad-CAM of its likeliest class."""
+    fonts = fonts_for("".join(names))[0]
+    label = int(probabilities.argmax())
+    layers = [getattr(model, name) for name in GRADCAM_LAYERS]
+    heat = grad_cam(model, image[None], torch.tensor([label], device=image.device), layers)
+    with plt.rc_context({"font.family": fonts, "text.parse_math": False}):
+        figure, axes = plt.subplots(1, 1 + len(layers), figsize=(10, 3.4), layout="constrained")
+        for ax, title, level in zip(axes, ["Image", "After Layer1", "After Layer2", "After Layer3"], [None, *heat]):
+            show_image(ax, pixels, title)
+            if level is not None:
+                shown = ax.imshow(level[0].cpu(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
+        bar = figure.colorbar(shown, ax=axes, ticks=[0, 1], shrink=0.6)
+        bar.ax.set_yticklabels(["none", "most"])
+        name = display_names(names, 40)[label]
+        figure.suptitle(f"Grad-CAM: the evidence for {name}, the likeliest class ({probabilities[label]:.0%})")

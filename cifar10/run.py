@@ -27,6 +27,7 @@ from cifar10.options import Options
 from cifar10.recipes import Recipe
 
 FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when older code can't read the new files
+WEIGHTS = "model.safetensors"
 HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
 
@@ -162,14 +163,15 @@ class Run:
         write_json(file, (json.loads(file.read_text(encoding="utf-8")) if self.is_finished else {}) | metrics)
 
     def save_weights(self, model: nn.Module):
-        """model.safetensors: parameters, buffers, and what it takes to use them without this folder."""
+        """`WEIGHTS`: parameters, buffers, and what it takes to use them without this folder."""
         data = {name: self.config["data"][name] for name in ("name", "classes", "size", "ranges", "mean", "std")}
         about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
-        save_tensors(self.path / "model.safetensors", get_model(model).state_dict(), **about)
+        about["precision"] = self.options.precision
+        save_tensors(self.path / WEIGHTS, get_model(model).state_dict(), **about)
 
     def load_weights(self, model: nn.Module):
-        """Load model.safetensors. Nothing is unpickled. Raises `UserError` if it is missing or does not fit."""
-        weights = self.path / "model.safetensors"
+        """Load `WEIGHTS`. Nothing is unpickled. Raises `UserError` if it is missing or does not fit."""
+        weights = self.path / WEIGHTS
         try:
             model.load_state_dict(load_tensors(weights)[0])
         except FileNotFoundError:

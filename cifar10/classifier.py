@@ -1,0 +1,99 @@
+"""A trained model as a classifier: files or images → probabilities, with nothing but the run's weights."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cifar10.cli import UserError
+from cifar10.data import get_device
+from cifar10.decode import decode_image
+from cifar10.files import CorruptFileError, load_tensors
+from cifar10.images import decode_files
+from cifar10.interpretation import views
+from cifar10.learner import resolve_precision
+from cifar10.recipes import Recipe
+from cifar10.run import FORMAT, WEIGHTS
+
+
+class Classifier:
+    """A model with all that its inputs and outputs depend on.
+
+    `classes` are the names of the outputs, `size` is the images' side in pixels; `ranges`, `mean` and `std` are how
+    images become inputs, as in training. `device` and `precision` are as in training, "auto" for the fastest here.
+    """
+
+    model_class: Any = None  # which builds the model from its saved arguments
+
+    def __init__(self, model: nn.Module, data: dict[str, Any], recipe: Recipe, device="auto", precision="auto"):
+        self.device = get_device(device)
+        self.precision = resolve_precision(precision, self.device)
+        self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore
+        self.recipe, self.name, self.classes, self.size = recipe, data["name"], list(data["classes"]), int(data["size"])
+        self.ranges = {kind: tuple(limits) for kind, limits in data["ranges"].items()}
+        self.mean, self.std = (torch.tensor(data[key]).to(self.device)[:, None, None] for key in ("mean", "std"))
+
+    @classmethod
+    def load(cls, run: str | Path, model_class=None, device="auto") -> "Classifier":
+        """The classifier in the folder of a run, or in its weights file alone. Nothing is unpickled.
+
+        Raises `UserError` if there are no weights, or if they are damaged or of another format.
+        """
+        path = Path(run) / WEIGHTS if Path(run).is_dir() else Path(run)
+        try:
+            tensors, about = load_tensors(path)
+            if about.get("format") != FORMAT:
+                raise UserError(f"{path} has format {about.get('format')}, not {FORMAT}; train again")
+            model = (model_class or cls.model_class)(**about["model"])
+            model.load_state_dict(tensors)
+            recipe = Recipe.from_json(about["recipe"])
+            return cls(model, about["data"], recipe, device, "fp32" if about.get("precision") == "fp32" else "auto")
+        except CorruptFileError as damage:
+            raise UserError(f"{damage}; copy it again, or train again") from None
+        except OSError:
+            raise UserError(f"{run} is neither the folder of a finished run nor its {WEIGHTS}") from None
+        except (LookupError, RuntimeError, TypeError, AttributeError) as reason:
+            raise UserError(f"{path} does not hold a model of this program ({str(reason)[:200]})") from None
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 `(N, 3, size, size)` → the model's inputs, on its device, as fastai's transforms compute them."""
+        pixels = pixels.to(self.device)
+        return ((pixels.float().div_(255.0)) - self.mean) / self.std
+
+    @torch.no_grad()
+    def classify(self, pixels: Tensor, tta: bool = False) -> Tensor:
+        """Probabilities `(N, classes)` for uint8 `(N, 3, size, size)`, in batches as large as in training."""
+        probabilities = []
+        for batch in pixels.split(self.recipe.batch_size):
+            x, total = self.normalize(batch), torch.zeros(len(batch), len(self.classes), device=self.device)
+            for weight, view in views(self.recipe.flip) if tta else [(1.0, lambda x: x)]:
+                with self.autocast():
+                    logits = self.model(view(x))
+                total += weight * logits.float().log_softmax(dim=1)
+            probabilities.append(total.softmax(dim=1).cpu())
+        return torch.cat([torch.empty(0, len(self.classes)), *probabilities])
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+    def predict(self, images: Sequence | Any, tta: bool = False) -> Tensor:
+        """Probabilities `(N, classes)` of images: paths, PIL images, arrays or tensors, see `decode_image`; or of one.
+
+        `tta` averages six views, as `tta_accuracy` does. Raises `UserError` for what is not an image.
+        """
+        single = isinstance(images, (str, Path, np.ndarray, Tensor)) or not isinstance(images, Iterable)
+        decoded = [decode_image(image, self.ranges) for image in ([images] if single else images)]
+        return self.classify(torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, self.size, self.size)), tta)
+
+    def predict_files(self, files: Sequence[Path], tta: bool = False) -> tuple[Tensor, list[int], dict[int, str]]:
+        """Probabilities of the images that can be read, their numbers, and number → why of the others."""
+        decoded = decode_files(list(files), self.ranges)
+        broken = {i: item for i, item in enumerate(decoded) if isinstance(item, str)}
+        good = [i for i in range(len(decoded)) if i not in broken]
+        pixels = np.array([decoded[i][0] for i in good], np.uint8).reshape(-1, 3, self.size, self.size)
+        return self.classify(torch.from_numpy(pixels), tta), good, broken

@@ -1,0 +1,106 @@
+"""Classify images with a finished run: `python predict.py RUN photos/ cat.jpg`; in Python, `Classifier.load(RUN)`."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
+
+# isort: split
+import pandas as pd
+import torch
+from fastai.vision.all import chunked
+
+from cifar10 import classifier, cli
+from cifar10.cli import UserError
+from cifar10.decode import decode_image, printable
+from cifar10.files import write, write_json
+from cifar10.listing import list_images
+from cifar10.plots import plot_explained, save_figure
+from model import ResNet
+
+AT_ONCE = 10_000  # images in memory
+
+
+class Classifier(classifier.Classifier):
+    """`Classifier.load("runs/my-run").predict(["cat.jpg"])` → probabilities `(1, classes)`."""
+
+    model_class = ResNet
+
+
+def find_files(images: list[str]) -> list[Path]:
+    """The files that were named, in their order: those of a folder by path, those of `-` from the standard input."""
+    files: list[Path] = []
+    for name in images:
+        if name == "-":
+            files += [Path(line) for line in sys.stdin.read().splitlines() if line]
+        elif Path(name).is_dir():
+            found = list(list_images(Path(name), Counter()))
+            if not found:
+                raise UserError(f"{name} holds no images")
+            files += found
+        else:
+            files.append(Path(name))
+    return files
+
+
+def main(
+    run: str,  # folder of a finished run, or its model.safetensors
+    images: Annotated[str, {"nargs": "+"}],  # files, folders, or - for a list of files from the standard input
+    topk: int = 3,  # classes to show of each image
+    tta: bool = False,  # average the predictions for six views of each image
+    gradcam: str | None = None,  # folder for plots that show where the evidence for the likeliest class lies
+    json: str | None = None,  # file for the probabilities of all classes
+    csv: str | None = None,  # file for the table
+):
+    "Classify images with a finished run."
+    classifier = Classifier.load(run)
+    if not 1 <= topk <= len(classifier.classes):
+        raise UserError(f"topk is {topk}; it must be from 1 to the number of classes, {len(classifier.classes)}")
+    files = find_files([images] if isinstance(images, str) else images)
+    rows, probabilities, failed = [], {}, 0
+    for some in chunked(files, AT_ONCE):
+        preds, good, broken = classifier.predict_files(some, tta)
+        for i, why in broken.items():
+            print(f"{printable(some[i])} can't be used as an image ({why})", file=sys.stderr)
+        failed += len(broken)
+        for i, row in zip(good, preds, strict=True):
+            best = row.topk(topk)
+            cells = [cell for p, k in zip(*best, strict=True) for cell in (classifier.classes[k], f"{p:.1%}")]
+            rows.append([printable(some[i]), *cells])
+            if json:
+                probabilities[printable(some[i])] = dict(zip(classifier.classes, row.tolist(), strict=True))
+            if gradcam:
+                explain(classifier, some[i], row, Path(gradcam))
+    columns = ["image", *(name for k in range(1, topk + 1) for name in (f"class {k}", f"probability {k}"))]
+    table = pd.DataFrame(rows, columns=columns)
+    if json:
+        write_json(Path(json), probabilities)
+    if csv:
+        write(Path(csv), table.to_csv(index=False, lineterminator="\n"))
+    if rows and not (json or csv):
+        print(table.to_string(index=False, justify="left", formatters=left_aligned(table)))
+    if failed:
+        cli.fail(f"{failed:,} of {len(files):,} images can't be used", 1)
+
+
+def left_aligned(table: pd.DataFrame) -> dict:
+    """A formatter for each column of text; pandas would align it to the right."""
+    return {name: f"{{:<{max(map(len, table[name]))}}}".format for name in table.columns}
+
+
+def explain(classifier: Classifier, file: Path, probabilities, folder: Path):
+    """Write a Grad-CAM of an image into the folder, under the image's name."""
+    pixels = torch.from_numpy(decode_image(file, classifier.ranges))
+    names = [printable(label) for label in classifier.classes]
+    plot_explained(classifier.model, classifier.normalize(pixels), pixels / 255, names, probabilities)
+    folder.mkdir(parents=True, exist_ok=True)
+    target, number = folder / f"{file.stem}.png", 1
+    while target.exists():  # of another image with the same name
+        target, number = folder / f"{file.stem}-{number}.png", number + 1
+    save_figure(target)
+
+
+if __name__ == "__main__":
+    cli.run(main)
