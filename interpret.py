@@ -1,11 +1,15 @@
-"""Regenerate the plots and the report of a finished run: `python interpret.py RUN`."""
+"""Plots and report of a finished run, again or on other labelled images: `python interpret.py RUN [--data photos/]`."""
+
+from pathlib import Path
 
 from cifar10 import cli
 from cifar10.cli import UserError
 from cifar10.data import get_dls
+from cifar10.files import write_json
 from cifar10.images import ImageTable
 from cifar10.interpretation import tta_accuracy
 from cifar10.learner import get_learner
+from cifar10.page import write_html
 from cifar10.report import write_report
 from cifar10.run import Run
 from model import ResNet
@@ -13,10 +17,12 @@ from model import ResNet
 
 def main(
     run: str,  # folder of a finished run
-    data: str | None = None,  # where its images are now (default: where they were in training)
-    tta: bool = False,  # also measure the accuracy with test-time augmentation, into metrics.json
+    data: str | None = None,  # other labelled images, or where the run's own are now (default: where they were)
+    split: str | None = None,  # which of the other images: train, valid, test or all (default: the last one there is)
+    out: str | None = None,  # folder for the report on other images (default: one in the run's folder)
+    tta: bool = False,  # also measure the accuracy with test-time augmentation
 ):
-    "Regenerate the plots and the report of a finished run."
+    "Write the plots and the report of a finished run, on its own images or on others."
     finished = Run.open(run)
     options, recipe = finished.options, finished.recipe
     if not finished.is_finished:
@@ -26,18 +32,34 @@ def main(
     except (TypeError, ValueError) as reason:
         raise UserError(f"{run}/config.json does not describe a model ({reason})") from None
     finished.load_weights(model)
-    stats = finished.mean, finished.std
-    images = ImageTable.open(data or options.data, options.skip_broken)
-    dls = get_dls(images, bs=recipe.batch_size, valid=options.valid, stats=stats)
+    place = dict(skip_broken=options.skip_broken, size=finished.size, valid_pct=options.valid_pct)
+    images = ImageTable.open(data or options.data, **place)
+    settings = dict(bs=recipe.batch_size, valid=options.valid, stats=(finished.mean, finished.std))
+    own = images.hash == finished.sha256 and not split
+    if own:
+        folder, about = finished.path, f"{images.name} images"
+    elif data:
+        if images.ranges and images.ranges != finished.ranges:
+            images = ImageTable.open(data, **place, ranges=finished.ranges)  # as the model knows them
+        split = split or ("all" if images.flat else images.splits[-1])
+        folder, about = Path(out or finished.path / f"{images.name}-{split}"), f"{images.name} images ({split})"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings |= dict(only=split, classes=finished.classes)
+    dls = get_dls(images, **settings)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
     learn = get_learner(dls, model, recipe, "fp32" if options.precision == "fp32" else "auto")
-    finished.check_data(learn)
-    interp = write_report(learn, finished.path)
-    print(f"{run}: {interp.accuracy:.2%} of {len(interp.targs):,} images correct; plots and report.md written")
+    if not data:
+        finished.check_data(learn)
+    interp, metrics = write_report(learn, folder, about)
+    print(f"{run}: {metrics['accuracy']:.2%} of {metrics['images']:,} {about} correct; see {folder / 'report.html'}")
     if tta:
-        accuracy = tta_accuracy(interp, recipe.flip)
-        finished.write_metrics(tta_accuracy=accuracy)
-        print(f"With test-time augmentation: {accuracy:.2%}")
+        metrics["tta_accuracy"] = tta_accuracy(interp, recipe.flip)
+        print(f"With test-time augmentation: {metrics['tta_accuracy']:.2%}")
+    if own:
+        finished.write_metrics(**{"tta_accuracy": metrics["tta_accuracy"]} if tta else {})
+    else:
+        write_json(folder / "metrics.json", metrics)
+    write_html(interp, finished.metrics | metrics if own else metrics, finished, folder, about)
 
 
 if __name__ == "__main__":

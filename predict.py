@@ -92,7 +92,7 @@ def left_aligned(table: pd.DataFrame) -> dict:
 
 def explain(classifier: Classifier, file: Path, probabilities, folder: Path):
     """Write a Grad-CAM of an image into the folder, under the image's name."""
-    pixels = torch.from_numpy(decode_image(file, classifier.ranges))
+    pixels = torch.from_numpy(decode_image(file, classifier.ranges, classifier.size))
     names = [printable(label) for label in classifier.classes]
     plot_explained(classifier.model, classifier.normalize(pixels), pixels / 255, names, probabilities)
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from augment import Cutout, FlipLR, RandomCrop
 from cifar10 import cli
 from cifar10.callbacks import StopAtNaN, TimeEstimate, ValidateLast
 from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
+from cifar10.data import describe
 from cifar10.decode import SIZE
 from cifar10.files import write, write_csv
 from cifar10.images import ImageTable
@@ -28,26 +29,28 @@ from cifar10.initialize import init_dirac, init_whitening
 from cifar10.interpretation import tta_accuracy
 from cifar10.lr_finder import SWEEP, find_lrs, plot_lr_curve
 from cifar10.options import Options
+from cifar10.page import write_html
 from cifar10.plots import save_figure
 from cifar10.recipes import RECIPES, Recipe
-from cifar10.report import per_class_accuracy, write_report
+from cifar10.report import write_report
 from cifar10.run import Run, home_relative
 from model import ResNet, split_by_depth
 
 
 def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", skip_broken=False,
-            bs: int | None = None, **changes) -> DataLoaders:  # fmt: skip
+            bs: int | None = None, size=SIZE, valid_pct: float | None = None, **changes) -> DataLoaders:  # fmt: skip
     """DataLoaders of `data` with the assignment's three transforms, and with `changes` to the recipe: `flip=False`."""
-    images = ImageTable.open(data, skip_broken)
+    images = ImageTable.open(data, skip_broken, size, valid_pct)
     if isinstance(recipe, str):
         recipe = Options(recipe=recipe, valid=valid).resolve(images)
     recipe = replace(recipe, **changes | ({"batch_size": bs} if bs else {}))
+    padding, cutout = (pixels * images.size // SIZE for pixels in (recipe.crop_padding, recipe.cutout))
     transforms = [
-        RandomCrop(SIZE, padding=recipe.crop_padding, pad_mode=recipe.crop_mode),
+        RandomCrop(images.size, padding=padding, pad_mode=recipe.crop_mode),
         *([FlipLR()] if recipe.flip else []),
-        Cutout(recipe.cutout, recipe.cutout),
+        Cutout(cutout, cutout),
     ]
-    return cifar10.data.get_dls(images, transforms, recipe.batch_size, valid, device)
+    return cifar10.data.get_dls(images, transforms, recipe.batch_size, valid, device, weighted=recipe.weighted)
 
 
 def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64, precision="auto", **kw) -> Learner:
@@ -91,8 +94,7 @@ def choose_lrs(learn: Learner, recipe: Recipe, folder: Path) -> Recipe:
 def train(learn: Learner, run: Run, started: float):
     """Train in the run's folder, from its last checkpoint if there is one, and report what was learned."""
     recipe, data = run.recipe, run.config["data"]
-    print(f"{data['name']}: {data['train']:,} training images, {data['valid']:,} validation images"
-          f" ({run.options.valid} split); {run.path}")  # fmt: skip
+    print(f"{describe(learn.dls)}; {run.path}")
     checkpoint, done = last_checkpoint(run), 0
     if checkpoint:
         recipe = replace(recipe, lr_min=run.config["lr_min"], lr_max=run.config["lr_max"])
@@ -112,21 +114,20 @@ def train(learn: Learner, run: Run, started: float):
     run.save_weights(learn.model)
 
     seconds, flop = learn.recorder.train_seconds, learn.recorder.flop  # the report starts the recorder anew
-    interp = write_report(learn, run.path)
-    accuracy_tta = tta_accuracy(interp, recipe.flip)
+    images = f"{data['name']} images"
+    interp, metrics = write_report(learn, run.path, images)
+    metrics["tta_accuracy"] = tta_accuracy(interp, recipe.flip)
     run.write_metrics(
-        accuracy=interp.accuracy,
-        tta_accuracy=accuracy_tta,
-        loss=interp.losses.mean().item(),
+        **metrics,
         epochs=recipe.epochs,
         seconds=time.time() - started,  # without the time between a stop and the resume
         seconds_training=seconds,  # without validation
         pflop=flop / 1e15,  # of these
         images_per_second=recipe.epochs * len(learn.dls.train) * learn.dls.bs / seconds,
-        per_class_accuracy=per_class_accuracy(interp),
     )
-    print(f"{data['name']}: {interp.accuracy:.2%} of {len(interp.targs):,} images correct, {accuracy_tta:.2%} with"
-          f" test-time augmentation. See {run.path}")  # fmt: skip
+    write_html(interp, metrics, run, run.path, images)
+    print(f"{data['name']}: {metrics['accuracy']:.2%} of {metrics['images']:,} images correct,"
+          f" {metrics['tta_accuracy']:.2%} with test-time augmentation. See {run.path / 'report.html'}")  # fmt: skip
 
 
 def main(**given):
@@ -140,7 +141,7 @@ def main(**given):
             return
     set_seed(options.seed, reproducible=True)
 
-    images = ImageTable.open(options.data, options.skip_broken)
+    images = ImageTable.open(options.data, options.skip_broken, options.size, options.valid_pct)
     recipe = run.recipe if run else options.resolve(images)
     dls = get_dls(images, recipe, options.valid, options.device)
     learn = get_learner(dls, recipe, options.norm, options.width, options.precision)

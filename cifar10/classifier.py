@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from cifar10.cli import UserError
 from cifar10.data import get_device
-from cifar10.decode import decode_image
+from cifar10.decode import decode_files, decode_image
 from cifar10.files import CorruptFileError, load_tensors
-from cifar10.images import decode_files
 from cifar10.interpretation import views
 from cifar10.learner import resolve_precision
 from cifar10.recipes import Recipe
@@ -87,12 +86,12 @@ class Classifier:
         `tta` averages six views, as `tta_accuracy` does. Raises `UserError` for what is not an image.
         """
         single = isinstance(images, (str, Path, np.ndarray, Tensor)) or not isinstance(images, Iterable)
-        decoded = [decode_image(image, self.ranges) for image in ([images] if single else images)]
+        decoded = [decode_image(image, self.ranges, self.size) for image in ([images] if single else images)]
         return self.classify(torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, self.size, self.size)), tta)
 
     def predict_files(self, files: Sequence[Path], tta: bool = False) -> tuple[Tensor, list[int], dict[int, str]]:
         """Probabilities of the images that can be read, their numbers, and number → why of the others."""
-        decoded = decode_files(list(files), self.ranges)
+        decoded = decode_files(list(files), self.ranges, self.size)
         broken = {i: item for i, item in enumerate(decoded) if isinstance(item, str)}
         good = [i for i in range(len(decoded)) if i not in broken]
         pixels = np.array([decoded[i][0] for i in good], np.uint8).reshape(-1, 3, self.size, self.size)

@@ -1,13 +1,14 @@
 """How the images reach the model: ImageTable → DataBlock → DataLoaders, where a batch is one indexing operation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from unicodedata import normalize
 
 import numpy as np
 import torch
-from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, IndexSplitter, Normalize, TfmdDL, ToTensor
+from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, Normalize, TfmdDL, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.data import ImageBlock
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from cifar10.cli import UserError
 from cifar10.decode import SIZE, ValueRanges, decode_image
 from cifar10.images import ImageTable
+from cifar10.listing import enumerate_names
 from cifar10.recipes import ASSIGNMENT
 
 
@@ -25,11 +27,12 @@ class TensorDL(TfmdDL):
     the same `ranges`.
     """
 
-    def __init__(self, dataset, table: ImageTable | None = None, ranges: ValueRanges | None = None,
-                 num_workers: int = 0, **kwargs):  # fmt: skip
+    def __init__(self, dataset, table: ImageTable | None = None, ranges: ValueRanges | None = None, size: int = SIZE,
+                 weighted: bool = False, num_workers: int = 0, **kwargs):  # fmt: skip
         super().__init__(dataset, num_workers=0, **kwargs)  # nothing is left to do for workers
         self.fake_l.generator = torch.Generator()  # or PyTorch would draw a seed for workers from the global one
-        self.table, self.ranges = table, table.ranges if table else ranges
+        self.table, self.weighted, self.size = table, weighted, table.size if table else size
+        self.ranges = table.ranges if table else ranges
         if not hasattr(dataset, "tls"):  # any other data set of (image, class) pairs
             inputs, *classes = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
             self.set_images(inputs, classes)
@@ -48,19 +51,26 @@ class TensorDL(TfmdDL):
     def set_images(self, images, targets, rows=None):
         """Decoded pixels, of which there are `rows`, or images that are still to be decoded; and their classes."""
         if rows is None:
-            decoded = [decode_image(item, self.ranges) for item in images]
-            images = torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, SIZE, SIZE))
+            decoded = [decode_image(item, self.ranges, self.size) for item in images]
+            images = torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, self.size, self.size))
         self.pixels, self.rows = images, torch.arange(len(images)) if rows is None else torch.tensor(rows)
         self.targets = [torch.tensor([int(label) for label in labels]) for labels in targets]
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is not None and not len(dataset):  # for `learn.export`: the exported file holds no images
             kwargs["table"] = None
-        return super().new(dataset, cls, **{"table": self.table, "ranges": self.ranges, **kwargs})
+        settings = dict(table=self.table, ranges=self.ranges, size=self.size, weighted=self.weighted)
+        return super().new(dataset, cls, **settings | kwargs)
 
     def shuffle_fn(self, idxs: list[int]) -> list[int]:
-        order = torch.Generator().manual_seed(self.rng.getrandbits(63))  # much faster than Python's shuffle
-        return torch.tensor(idxs)[torch.randperm(len(idxs), generator=order)].tolist()
+        """A random order, or if `weighted` as many random draws in which all classes are equally likely."""
+        generator = torch.Generator().manual_seed(self.rng.getrandbits(63))  # much faster than Python's shuffle
+        if self.weighted:
+            labels = self.targets[0].cpu()[idxs]
+            draws = (1 / labels.bincount().double())[labels].multinomial(len(idxs), True, generator=generator)
+        else:
+            draws = torch.randperm(len(idxs), generator=generator)
+        return torch.tensor(idxs)[draws].tolist()
 
     def create_batches(self, samps) -> Iterator[tuple]:
         """Batches of the images numbered `samps`. Those of an epoch go to the device at once: a copy synchronizes.
@@ -80,8 +90,11 @@ class TensorDL(TfmdDL):
         """Images uint8 `(n, 3, 32, 32)`, and labels int64 `(n,)` if the data set has them, on the device."""
         if self.table and self.pixels is self.table.pixels:
             self.pixels = self.table.pixels_on(torch.device(self.device))
-        self.pixels, self.rows, *self.targets = to_device([self.pixels, self.rows, *self.targets], self.device)  # once
-        return TensorImage(self.pixels[self.rows[indices]]), *(TensorCategory(y[indices]) for y in self.targets)
+        elif isinstance(self.pixels, Tensor):
+            self.pixels = self.pixels.to(self.device)
+        self.rows, *self.targets = to_device([self.rows, *self.targets], self.device)  # once
+        images = TensorImage(to_device(self.pixels[self.rows[indices]], self.device))
+        return images, *(TensorCategory(y[indices]) for y in self.targets)
 
     def to_detach(self, b, cpu: bool = True, gather: bool = True):
         """Like fastai's, but scalars, the sums of a metric, stay on the device, so that nothing waits for them."""
@@ -89,15 +102,22 @@ class TensorDL(TfmdDL):
 
 
 class ClassOf:
-    """`get_y` of the DataBlock: the class of a file below `folder/<split>/<class>/`, or else its folder's name."""
+    """`get_y` of the DataBlock: the class of a file as in its table, or else its folder's name.
 
-    def __init__(self, folder: Path):
-        self.folder, self.__name__ = folder, "class_of"  # fastai can't pickle a function without a name
+    Below `folder/<split>/<class>/`, or `folder/<class>/` if it is `flat`, it is the class folder's.
+    """
+
+    def __init__(self, folder: Path, flat: bool = False, labels: Mapping[Path, str] = MappingProxyType({})):
+        self.folder, self.flat, self.labels = folder, flat, dict(labels)
+        self.__name__ = "class_of"  # fastai can't pickle a function without a name
 
     def __call__(self, file) -> str:
+        if file in self.labels:
+            return self.labels[file]
         path = Path(file).absolute()
         inside = path.parts[len(self.folder.parts) :] if path.is_relative_to(self.folder) else ()
-        return normalize("NFC", inside[1] if len(inside) > 2 else path.parent.name)
+        level = 0 if self.flat else 1
+        return normalize("NFC", inside[level] if len(inside) > level + 1 else path.parent.name)
 
 
 def get_device(device: str) -> torch.device:
@@ -107,24 +127,41 @@ def get_device(device: str) -> torch.device:
     return default_device() if device == "auto" else torch.device(device)
 
 
-def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", stats=None) -> DataLoaders:
-    """fastai DataLoaders of 32×32 images: `(N, 3, 32, 32)`, normalized, and labels int64 `(N,)`.
+def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", stats=None,
+            weighted=False, only: str | None = None, classes: list[str] | None = None) -> DataLoaders:  # fmt: skip
+    """fastai DataLoaders: images `(N, 3, size, size)`, normalized, and labels int64 `(N,)`.
 
     `data` is an `ImageTable` or what `prepare_data` takes; `tfms` are batch transforms beside `Normalize`, whose mean
     and standard deviation per channel are `stats`, by default those of the training images. `bs` is the batch size, by
-    default 512, or 64 for fewer than 10,000 training images. `valid` is "test", or "holdout" for a stratified tenth of
-    the training images; `device` is "auto", "cpu", "cuda" or "mps". Raises `UserError` for data that can't be used.
+    default 512, or 64 for fewer than 10,000 training images. `valid` is "test", or "holdout" for a part of the training
+    images; `device` is "auto", "cpu", "cuda" or "mps". If there is a third split, `dls[2]` holds the test images.
+    `weighted` draws the training images of all classes equally often. `only` validates on the images of one split,
+    whose classes may be some of `classes`. Raises `UserError` for data that can't be used.
     """
     where, images = get_device(device), ImageTable.open(data)
-    train, held_out = images.split_rows(valid)
-    rows = np.sort(np.concatenate([train, held_out]))
+    splits = [images.rows_of(only)] * 2 if only else images.split_rows(valid)
+    classes = classes or images.classes
+    if unknown := {*images.classes} - {*classes}:
+        raise UserError(f"{images.name} has classes that the model does not know: {enumerate_names(sorted(unknown))}")
+    rows = np.sort(np.concatenate(splits))
+    labels = dict(zip(images.files, images.labels)) if images.folder.is_file() else {}
     block = DataBlock(
-        blocks=(ImageBlock, CategoryBlock(vocab=images.classes)),
+        blocks=(ImageBlock, CategoryBlock(vocab=classes)),
         get_items=lambda images: [images.files[row] for row in rows],
-        splitter=IndexSplitter(np.searchsorted(rows, held_out).tolist()),
-        get_y=ClassOf(images.folder),
-        batch_tfms=[*tfms, Normalize.from_stats(*(stats or images.stats(train)))],
+        splitter=lambda files: [np.searchsorted(rows, split).tolist() for split in splits],
+        get_y=ClassOf(images.folder, images.flat, labels),
+        batch_tfms=[*tfms, Normalize.from_stats(*(stats or images.stats(splits[0])))],
         dl_type=TensorDL,
     )
-    bs = bs or ASSIGNMENT.adapted(len(train)).batch_size
-    return block.dataloaders(images, table=images, bs=bs, device=where)
+    bs = bs or ASSIGNMENT.adapted(len(splits[0])).batch_size
+    return block.dataloaders(images, table=images, bs=bs, device=where, weighted=weighted)
+
+
+def describe(dls: DataLoaders) -> str:
+    """What the images are, like: `photos: 3 classes; 80 training and 20 validation images, 99×66 to 640×480 pixels`."""
+    images, names = dls.train.table, ("training", "validation", "test")
+    counts = [f"{len(dl.dataset):,} {name}" for dl, name in zip(dls.loaders, names, strict=False)]
+    sizes = " to ".join(dict.fromkeys(f"{width}×{height}" for width, height in images.sizes))
+    resized = f", resized to {images.size}×{images.size}" * (sizes != f"{images.size}×{images.size}")
+    listed = f"{', '.join(counts[:-1])} and {counts[-1]}"
+    return f"{images.name}: {len(dls.vocab)} classes; {listed} images, {sizes} pixels{resized}"

@@ -1,11 +1,15 @@
 """One image → uint8 pixels: orientation, transparency, range of values, size."""
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
+from fastai.vision.all import chunked, parallel
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode
@@ -25,8 +29,8 @@ IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items
 ValueRanges = Mapping[str, tuple[float, float]]
 
 
-def decode_image(item, ranges: ValueRanges | None = None) -> np.ndarray:
-    """A path, file, PIL image, array or tensor → uint8 `(3, 32, 32)` in RGB.
+def decode_image(item, ranges: ValueRanges | None = None, size: int = SIZE) -> np.ndarray:
+    """A path, file, PIL image, array or tensor → uint8 `(3, size, size)` in RGB.
 
     The image is turned upright as its EXIF orientation says, put on a white background if it is transparent, its longer
     side is cropped, and it is resized. Values of more than 8 bits are scaled by the `ranges` of the data set, or by the
@@ -34,14 +38,17 @@ def decode_image(item, ranges: ValueRanges | None = None) -> np.ndarray:
     to 1. Raises `UserError` for what is not an image, is damaged, or has a side of less than `MIN_SIDE` pixels.
     """
     try:
-        return decode(item, ranges or {})[0]
+        return decode(item, ranges or {}, size)[0]
     except ValueError as why:
         name = printable(item) if isinstance(item, (str, Path)) else f"this {type(item).__name__}"
         raise UserError(f"{name} can't be used as an image ({why}); repair or remove it") from None
 
 
-def decode(item, ranges: ValueRanges) -> tuple[np.ndarray, tuple[str, float, float] | None]:
-    """The pixels, and of an image with more than 8 bits per value its `used_range`. Raises `ValueError` like above."""
+def decode(item, ranges: ValueRanges, size: int = SIZE) -> tuple[np.ndarray, Any, tuple[int, int]]:
+    """The pixels, the `used_range` of an image with more than 8 bits per value, and the image's width and height.
+
+    Raises `ValueError` where `decode_image` raises `UserError`.
+    """
     try:
         image, used = read_image(item), None
         if isinstance(image, np.ndarray):
@@ -58,9 +65,28 @@ def decode(item, ranges: ValueRanges) -> tuple[np.ndarray, tuple[str, float, flo
         raise ValueError(printable(why)) from None
     if min(image.size) < MIN_SIDE:
         raise ValueError(f"too small, {image.width}×{image.height} pixels")
-    if image.size != (SIZE, SIZE):
-        image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.array(image).transpose(2, 0, 1), used
+    found = image.size
+    if found != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.array(image).transpose(2, 0, 1), used, found
+
+
+def decode_files(files: list[Path], ranges: ValueRanges = MappingProxyType({}), size: int = SIZE) -> list:
+    """What `decode` returns for each file, or why it can't be used, on all cores."""
+    chunks = list(chunked(files, 100))
+    workers = os.cpu_count() if len(chunks) > 40 else 0  # starting processes takes longer than a few chunks
+    parts = parallel(decode_chunk, chunks, ranges=dict(ranges), size=size, n_workers=workers, progress=True)
+    return [item for part in parts for item in part]
+
+
+def decode_chunk(files: list[Path], ranges: ValueRanges, size: int) -> list:
+    def decoded(file):
+        try:
+            return decode(file, ranges, size)
+        except ValueError as why:
+            return str(why)
+
+    return [decoded(file) for file in files]
 
 
 def read_image(item) -> Image.Image | np.ndarray:

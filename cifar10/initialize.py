@@ -19,7 +19,7 @@ def init_dirac(model: nn.Module):
 
 
 @torch.no_grad()
-def init_whitening(conv: nn.Conv2d, norm: nn.Module, images: Tensor):
+def init_whitening(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.GroupNorm, images: Tensor):
     """Make a convolution's filters the whitening transform of its patches, and keep them so; `images` `(N, C, H, W)`.
 
     The filters are the eigenvectors of the patches' covariance and their negatives, each scaled to unit variance, and

@@ -8,59 +8,123 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from unicodedata import normalize
 
+import pandas as pd
+
 from cifar10.cli import UserError
 from cifar10.decode import IMAGE_SUFFIXES, printable
 from cifar10.sources import is_hidden
 
-SECOND_SPLITS = ("test", "valid", "val", "validation")  # the first one with classes is validated on
+VALID = ("valid", "val", "validation")  # names of the split to validate on while training
 MAX_NAMES = 20  # in a message
 
 
 @dataclass
 class Listing:
-    """Image `files[i]` has the class `labels[i]` and is in `splits[i]`; `notes` say what is left out."""
+    """Image `files[i]` has the class `labels[i]` and is in `splits[i]`; `notes` say what is left out.
+
+    If it is `flat`, there are no splits: all images are in "train", of which a part is to be validated on.
+    """
 
     files: list[Path] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    flat: bool = False
+
+    def add(self, classes: dict[str, dict[str, list[Path]]]):
+        """Add images by split and class, and notes on classes that are easily mistaken, and on those without images."""
+        for split, by_label in classes.items():
+            for label, files in by_label.items():
+                self.files += files
+                self.splits += [split] * len(files)
+                self.labels += [label] * len(files)
+        for _, alike in groupby(sorted(classes["train"], key=simplified), key=simplified):
+            for one, other in pairwise(alike):
+                self.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
+        for split in classes:
+            if missing := [name for name in classes["train"] if name not in classes[split]]:
+                self.notes.append(f"{split}/ has no images of {enumerate_names(missing)}, so that they can't be judged")
 
 
 def list_folder(folder: Path) -> Listing:
-    """The images below `train/<class>/`, and below `<class>/` of the first of `SECOND_SPLITS` that has train's classes.
+    """The images below `train/<class>/`, and below `<class>/` of the other splits that have train's classes.
 
+    They are `valid/` (or another of `VALID`) and `test/`: if there are both, the first one is for validation while
+    training, and the other for the result. A folder without `train/` is flat: its folders are the classes.
     Raises `UserError` if the classes can't be learned, or if a class has no image.
     """
+    ignored: dict[str, Counter] = {name: Counter() for name in ("train", *VALID, "test")}
     try:
-        ignored: dict[str, Counter] = {name: Counter() for name in ("train", *SECOND_SPLITS)}
+        if not (folder / "train").is_dir():
+            return list_flat(folder, ignored["train"])
         present = [name for name in ignored if (folder / name).is_dir()]
         classes = {split: list_classes(folder / split, ignored[split]) for split in present}
     except OSError as reason:
         raise UserError(f"{reason.filename} can't be read ({reason.strerror}); repair or remove it") from None
     others = [split for split in present if split != "train"]
-    second = [split for split in others if classes[split].keys() & classes["train"].keys()]
-    used = ["train", *(second or [split for split in others if classes[split]])[:1]]
+    fit = [split for split in others if classes[split].keys() & classes["train"].keys()]
+    fit = fit or [split for split in others if classes[split]][:1]
+    used = ["train", *[split for split in fit if split != "test"][:1], *[split for split in fit if split == "test"]]
     check_classes(folder, {split: classes[split] for split in used}, ignored)
     listing = Listing()
-    for split in used:
-        for label, files in classes[split].items():
-            listing.files += files
-            listing.splits += [split] * len(files)
-            listing.labels += [label] * len(files)
-    for _, alike in groupby(sorted(classes["train"], key=simplified), key=simplified):
-        for one, other in pairwise(alike):
-            listing.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
-    if missing := [name for name in classes["train"] if used[1:] and name not in classes[used[1]]]:
-        listing.notes.append(f"{used[1]}/ has no images of {enumerate_names(missing)}, so that they can't be judged")
+    listing.add({split: classes[split] for split in used})
     if nested := sum(len(file.relative_to(folder).parts) > 3 for file in listing.files):
         listing.notes.append(f"{nested:,} images are in folders within a class, and belong to it")
     for split in present:
         if split not in used:
-            why = f"{used[1]}/ is" if split in second else "it has none of train's classes"
+            why = f"{used[1]}/ is" if split in fit else "it has none of train's classes"
             why = why if classes[split] else "its files have no class folders"
             listing.notes.append(f"{split}/ is not used: {why}")
     if found := sum((ignored[split] for split in used), Counter()):
         listing.notes.append(f"{found.total():,} file{'s' * (found.total() > 1)} ignored: {kinds(found)}")
+    return listing
+
+
+def list_flat(folder: Path, ignored: Counter) -> Listing:
+    """The images below `<class>/`. Raises like `list_folder`, also if the folders look like splits."""
+    classes = list_classes(folder, ignored)
+    if splits := [name for name in classes if simplified(name) in ("train", "training", *VALID, "test", "testing")]:
+        names = enumerate_names(splits)
+        raise UserError(f"{folder} holds {names}, but no train/; rename its folders to train, valid and test")
+    check_classes(folder, {"": classes}, {"": ignored})
+    listing = Listing(flat=True)
+    listing.add({"train": classes})
+    if ignored:
+        listing.notes.append(f"{ignored.total():,} file{'s' * (ignored.total() > 1)} ignored: {kinds(ignored)}")
+    return listing
+
+
+def list_table(table: Path) -> Listing:
+    """The images that a CSV file names: columns `image` (a path relative to the file), `label` and perhaps `split`.
+
+    Splits are train, valid (or another of `VALID`) and test; without that column, the images are flat.
+    Raises `UserError` for a file that is no such table.
+    """
+    try:
+        rows = pd.read_csv(table, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as reason:
+        raise UserError(f"{table} can't be read as a table ({str(reason).strip()})") from None
+    if not {"image", "label"} <= {*rows}:
+        raise UserError(f"{table} has the columns {enumerate_names(rows)}; it must have image and label")
+    flat = "split" not in rows
+    rows["split"] = "train" if flat else rows["split"].str.strip()
+    rows["label"] = rows["label"].map(lambda label: normalize("NFC", label.strip()))
+    for name, wrong in (
+        ("label", rows["label"] == ""),
+        ("split", ~rows["split"].isin(("train", *VALID, "test"))),
+        ("image", rows["image"].duplicated()),
+    ):
+        if wrong.any():
+            line, value = wrong.idxmax() + 2, rows[name][wrong.idxmax()]
+            why = {"label": "it is empty", "split": "it must be train, valid or test", "image": "it is there twice"}
+            raise UserError(f"{table}, line {line}: {name} is {value!r}; {why[name]}")
+    classes: dict[str, dict[str, list[Path]]] = {}
+    for split in [name for name in ("train", *VALID, "test") if name in {*rows["split"]} or name == "train"]:
+        groups = rows[rows["split"] == split].groupby("label")["image"]
+        classes[split] = {str(label): [table.parent / image for image in images] for label, images in groups}
+    check_classes(table, classes, {split: Counter() for split in classes})
+    listing = Listing(flat=flat)
+    listing.add(classes)
     return listing
 
 
@@ -106,16 +170,22 @@ def list_images(folder: Path, ignored: Counter) -> Iterator[Path]:
 
 
 def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]], ignored: dict[str, Counter]):
-    """Raise `UserError` for classes that can't be learned; `classes` maps split → class → images."""
-    train = classes["train"]
+    """Raise `UserError` for classes that can't be learned.
+
+    `classes` maps split → class → images. The first split is train, or "" for all images of a flat folder.
+    """
+    (first, train), *_ = classes.items()
+    where = f"{folder}/{first}".rstrip("/")
     if not any(train.values()):
-        raise UserError(f"{folder} holds no images in train/<class>/; it should hold PNG or JPEG files there")
-    if empty := [f"{split}/{name}" for split in classes for name, files in classes[split].items() if not files]:
+        raise UserError(f"{folder} holds no images in {first or '.'}/<class>/; it should hold PNG or JPEG files there")
+    if empty := [
+        f"{split}/{name}".lstrip("/") for split in classes for name in classes[split] if not classes[split][name]
+    ]:
         other = kinds(sum((ignored[split] for split in classes), Counter()))
         what = f"{folder} has class folders without images: {enumerate_names(empty)}"
         raise UserError(f"{what}; add some or remove them" + f" (ignored files: {other})" * bool(other))
     if len(train) == 1:
-        raise UserError(f"{folder}/train holds images of one class only, {printable(*train)}; add another")
+        raise UserError(f"{where} holds images of one class only, {printable(*train)}; add another")
     for split, others in classes.items():
         if unknown := sorted(others.keys() - train.keys()):
             near = [(one, other) for one in unknown for other in train if simplified(one) == simplified(other)]

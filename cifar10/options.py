@@ -20,7 +20,10 @@ class Options:
     recipe: Annotated[str, choices(*RECIPES)] = (
         "assignment"  # how to train: as assigned, in less time, or as well as in 24 epochs (best)
     )
-    valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on 10% of train
+    size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
+    valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
+    valid_pct: float | None = None  # this part (default: 0.1; 0.2 of a folder that has no splits)
+    weighted: bool = False  # draw the training images of all classes equally often
     skip_broken: bool = False  # leave out images that can't be read, and train on the rest
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, in proportion)
@@ -47,6 +50,10 @@ class Options:
             not name or Path(name).name != name or name.startswith(".") or len(os.fsencode(name)) > 200
         ):
             raise UserError(f"name is {name!r}; it must be a plain folder name of at most 200 bytes")
+        if self.size % 8:
+            raise UserError(f"size is {self.size}; it must be a multiple of 8")
+        if self.valid_pct is not None and not 0 < self.valid_pct < 1:
+            raise UserError(f"valid_pct is {self.valid_pct}; it must be above 0 and below 1")
         RECIPES[self.recipe].adapted(10**6, **self.changes)  # raises for a hyperparameter that makes no sense
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cifar10.files import read_csv, write
 from cifar10.interpretation import Interpretation, grad_cam
+from cifar10.metrics import BINS, calibration_error, reliability
 from cifar10.names import display_names, fonts_for, width, wrap
 
 N_MISCLASSIFIED = 20  # the assignment asks for 20
@@ -214,3 +215,20 @@ def plot_explained(model: nn.Module, image: Tensor, pixels: Tensor, names: list[
         bar.ax.set_yticklabels(["none", "most"])
         name = display_names(names, 40)[label]
         figure.suptitle(f"Grad-CAM: the evidence for {name}, the likeliest class ({probabilities[label]:.0%})")
+
+
+def plot_calibration(interp: Interpretation):
+    """The reliability diagram: how often the model is right, where it claims to be right with a probability."""
+    bins = reliability(interp.preds, interp.targs)
+    confidence, accuracy, counts = (np.array(column) for column in zip(*bins))
+    figure, (ax, below) = plt.subplots(2, 1, figsize=(6, 6.5), sharex=True, height_ratios=[3, 1], layout="constrained")
+    ax.plot([0, 100], [0, 100], "--", color="gray", label="perfectly calibrated")
+    ax.plot(100 * confidence, 100 * accuracy, "o-", color=VALID_COLOR, label="this model")
+    ax.set(ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    ax.grid(alpha=0.3)
+    ax.legend(loc="upper left")
+    below.bar(100 * confidence, counts, width=80 / BINS, color=TRAIN_COLOR)
+    below.set(xlabel="Probability of the predicted class (%)", ylabel="Images", yscale="log")
+    below.grid(alpha=0.3)
+    error = calibration_error(interp.preds, interp.targs)
+    figure.suptitle(f"Calibration: expected calibration error {error:.1%}, {len(interp.targs):,} images")

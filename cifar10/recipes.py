@@ -72,8 +72,10 @@ class Recipe:
     anneal_strategy: Annotated[str, choices("cos", "linear")] = "cos"  # how the learning rate rises and falls
     validate: Annotated[str, choices("each", "last")] = "each"  # after each epoch, or after the last one only
 
-    # Data. As assigned: batches of 512, RandomCrop after padding by 4 → FlipLR → Cutout 8×8.
+    # Data. As assigned: batches of 512, RandomCrop after padding by 4 → FlipLR → Cutout 8×8. All pixels are those of
+    # 32×32 images; larger images have as many more.
     batch_size: Annotated[int, Bounds(1)] = 512
+    weighted: bool = False  # draw all classes equally often
     crop_padding: Annotated[int, Bounds(0, 31)] = 4  # pixels on each side
     # Reflection invents no border that the model could learn to see.
     crop_mode: Annotated[str, choices("reflect", "constant", "edge", "symmetric")] = "reflect"

@@ -1,48 +1,121 @@
-"""The report of a run, with all plots: report.md and PNG files. run.py saves everything else."""
+"""The report of a model on labelled images: report.md, report.html and plots. run.py saves everything else."""
 
 from pathlib import Path
+from typing import Any
 
 from fastai.vision.all import Learner
 
 from cifar10.decode import printable
 from cifar10.files import write
 from cifar10.interpretation import Interpretation
+from cifar10.metrics import contradicted, fit_temperature, summarize
 from cifar10.names import fonts_for
-from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_misclassified, save_figure
+from cifar10.plots import (
+    plot_calibration,
+    plot_confusion,
+    plot_curves,
+    plot_grad_cam,
+    plot_misclassified,
+    save_figure,
+)
+
+SUSPECTS = "Labels to check"
+N_SUSPECTS = 20
+PLOTS = {
+    "confusion_matrix": plot_confusion,
+    "misclassified": plot_misclassified,
+    "gradcam": plot_grad_cam,
+    "calibration": plot_calibration,
+}
+WHAT_SUSPECTS_MEAN = (
+    "The model has not been trained on these images, and is surest that their labels are wrong. Look at them: some"
+    " labels may be, and others show what the model has not understood."
+)
 
 
-def per_class_accuracy(interp: Interpretation) -> dict[str, float | None]:
-    """Class → the fraction of its images that are classified correctly; `None` for a class without images."""
-    matrix = interp.confusion_matrix()
-    return {name: matrix[i, i] / matrix[i].sum() if matrix[i].sum() else None for i, name in enumerate(interp.names)}
+def percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}%}"
 
 
-def markdown_report(interp: Interpretation) -> str:
-    """Accuracy, per-class accuracy and the most confused pairs as Markdown."""
-    lines = [f"# {interp.accuracy:.2%} of {len(interp.targs):,} images correct"]
-    values = [(i, label, v) for i, (label, v) in enumerate(per_class_accuracy(interp).items()) if v is not None]
-    for header, rows in (
-        ("| number | class | accuracy |\n| ---: | --- | ---: |", [(i, label, f"{v:.1%}") for i, label, v in values]),
-        ("| actual | predicted | images |\n| --- | --- | ---: |", interp.most_confused(min_val=1)[:10]),
-    ):
-        if rows:
-            cells = ([printable(cell).replace("|", r"\|") for cell in row] for row in rows)
-            lines += ["", header, *(f"| {' | '.join(row)} |" for row in cells)]
+def tables(interp: Interpretation, metrics: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Title → header and rows of each table that has rows."""
+    rows = [
+        [str(number), name, str(int(row["images"])), *(percent(row[key]) for key in ("precision", "recall", "f1"))]
+        for number, (name, row) in enumerate(metrics["per_class"].items())
+    ]
+    averages = [percent(metrics["macro"].get(key)) for key in ("precision", "recall", "f1")]
+    rows.append(["", "mean of the classes", str(metrics["images"]), *averages])
+    pairs = [[printable(a), printable(b), str(n)] for a, b, n in interp.most_confused(min_val=1)[:10]]
+    suspects = [
+        [name_of(interp, row), interp.names[interp.targs[row]], interp.names[interp.decoded[row]],
+         percent(interp.preds[row].max().item())]
+        for row in contradicted(interp, N_SUSPECTS)
+    ]  # fmt: skip
+    found = {
+        "Classes": (["number", "class", "images", "precision", "recall", "F1"], rows),
+        "Most confused": (["actual", "predicted", "images"], pairs),
+        SUSPECTS: (["image", "label", "predicted", "probability"], suspects),
+    }
+    return {title: table for title, table in found.items() if table[1]}
+
+
+def name_of(interp: Interpretation, row) -> str:
+    """The path of an image below its split's folder."""
+    items = getattr(interp.dl.dataset, "items", None)
+    return printable("/".join(Path(items[int(row)]).parts[-2:])) if items is not None else str(int(row))
+
+
+def statements(metrics: dict[str, Any]) -> list[str]:
+    """What the numbers say, in sentences."""
+    low, high = metrics["accuracy_interval"]
+    said = [
+        f"On other images of the same kind, the accuracy would be between {low:.2%} and {high:.2%} (Wilson's 95%"
+        " confidence interval).",
+        f"The expected calibration error, how far probabilities are from accuracies on average, is"
+        f" {metrics['calibration_error']:.1%}.",
+    ]
+    if metrics["temperature"]:
+        said.append(
+            f"With a temperature of {metrics['temperature']:.2f}, fitted on the validation images, it is"
+            f" {metrics['calibration_error_with_temperature']:.1%}."
+        )
+    return said
+
+
+def markdown_report(interp: Interpretation, metrics: dict[str, Any], images: str) -> str:
+    """Accuracy, what it means, and all tables as Markdown."""
+    lines = [f"# {metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct", "", *statements(metrics)]
+    for title, (header, rows) in tables(interp, metrics).items():
+        rules = ["---" if name in ("class", "actual", "predicted", "image", "label") else "---:" for name in header]
+        cells = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+        lines += ["", f"## {title}", ""]
+        if title == SUSPECTS:
+            lines += [WHAT_SUSPECTS_MEAN, ""]
+        lines += [f"| {' | '.join(row)} |" for row in (header, rules, *cells)]
     return "\n".join(lines) + "\n"
 
 
-def write_report(learn: Learner, folder: Path) -> Interpretation:
-    """Write curves.png, confusion_matrix.png, misclassified.png, gradcam.png and report.md into a run's folder."""
-    interp = Interpretation(learn)
+def write_report(learn: Learner, folder: Path, images: str = "images") -> tuple[Interpretation, dict[str, Any]]:
+    """Write report.md and plots into a folder, with curves if it is the folder of a run.
+
+    Judged are the test images, or the validation images if there are no others; then there is nothing to fit a
+    temperature on. `images` says which ones they are. Returns the predictions and their metrics.
+    """
+    interp = Interpretation(learn, learn.dls[len(learn.dls.loaders) - 1])
+    temperature = None
+    if len(learn.dls.loaders) > 2:
+        preds, targs = learn.get_preds(dl=learn.dls.valid)
+        temperature = fit_temperature(preds, targs)
     if missing := fonts_for("".join(interp.names))[1]:
         print(
             f"No font here has {''.join(sorted(missing)[:20])}: plots show these classes by their number in report.md"
         )
-    plot_curves(folder)
-    save_figure(folder / "curves.png")
-    plots = {"confusion_matrix": plot_confusion, "misclassified": plot_misclassified, "gradcam": plot_grad_cam}
-    for name, plot in plots.items():
+    if (folder / "history.csv").is_file():
+        plot_curves(folder)
+        save_figure(folder / "curves.png")
+    for name, plot in PLOTS.items():
         plot(interp)
         save_figure(folder / f"{name}.png")
-    write(folder / "report.md", markdown_report(interp))
-    return interp
+    metrics = summarize(interp, temperature)
+    write(folder / "report.md", markdown_report(interp, metrics, images))
+    return interp, metrics

@@ -58,8 +58,9 @@ class Run:
         normalize = next(tfm for tfm in dls.after_batch.fs if isinstance(tfm, Normalize))
         mean, std = (values.flatten().tolist() for values in (normalize.mean, normalize.std))
         data = dict(
-            name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds), classes=list(dls.vocab),
-            size=images.pixels.shape[-1], mean=mean, std=std, ranges=images.ranges, sha256=images.hash,
+            name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds),
+            test=len(dls[2].dataset) if len(dls.loaders) > 2 else None, classes=list(dls.vocab),
+            size=images.size, mean=mean, std=std, ranges=images.ranges, sha256=images.hash,
         )  # fmt: skip
         where = home_relative(images.data)
         options = replace(options, data=where, device=dls.device.type, precision=learn.precision)
@@ -92,6 +93,11 @@ class Run:
     @property
     def is_finished(self) -> bool:
         return (self.path / "metrics.json").is_file()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json says, which a finished run has."""
+        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8")) if self.is_finished else {}
 
     def check_options(self, given: dict[str, Any]) -> Options:
         """The options to resume with. Raises `UserError` if one of the `given` ones would change the result."""
@@ -159,8 +165,7 @@ class Run:
 
     def write_metrics(self, **metrics):
         """Add or replace entries of metrics.json, which a finished run has."""
-        file = self.path / "metrics.json"
-        write_json(file, (json.loads(file.read_text(encoding="utf-8")) if self.is_finished else {}) | metrics)
+        write_json(self.path / "metrics.json", self.metrics | metrics)
 
     def save_weights(self, model: nn.Module):
         """`WEIGHTS`: parameters, buffers, and what it takes to use them without this folder."""

@@ -33,9 +33,9 @@ WAYS_TO_CIFAR10 = "connect to the network, or pass --data with a copy: a folder,
 
 
 class Source(NamedTuple):
-    """An image folder `train/<class>/*`, `test/<class>/*`; its name is the data set's name."""
+    """An image folder `train/<class>/*`, `test/<class>/*` or `<class>/*`; its name is the data set's name."""
 
-    folder: Path
+    folder: Path  # or a CSV file
     data: str  # what `prepare_data` takes to find it again
     defaults: Mapping[str, Any] = MappingProxyType({})  # hyperparameters that suit this data set better than a recipe's
 
@@ -44,7 +44,7 @@ def prepare_data(data: str | Path) -> Source:
     """Find, download, unpack or convert what `data` names.
 
     `"auto"` is CIFAR-10, or the digits if it can't be had; `"cifar10"`; `"digits"`; anything else is the path of an
-    image folder, of an archive of one (.tgz, .tar.gz, .zip), or of torchvision's `cifar-10-batches-py`.
+    image folder, of an archive of one (.tgz, .tar.gz, .zip), of a CSV file, or of torchvision's `cifar-10-batches-py`.
     Raises `UserError` for a path that is none of these, and for `"cifar10"` if it is neither cached nor reachable.
     """
     if data in ("cifar10", "digits") and Path(data).exists():
@@ -62,19 +62,28 @@ def prepare_data(data: str | Path) -> Source:
         return Source(digits_folder(), "digits", DIGITS_DEFAULTS)
     try:
         path = Path(data).expanduser().resolve(strict=True)
+        if path.suffix.lower() == ".csv":
+            return Source(path, str(path))
         unpacked = unpack_once(path) if path.is_file() else path
-        inside = [p for p in sorted(unpacked.iterdir()) if p.is_dir() and not is_hidden(p.name)]
+        inside = list_folders(unpacked)
         found = [p for p in (unpacked, *inside) if p.name == BATCHES or (p / "train").is_dir()]
         if len(found) > 1 and found[0] != unpacked:
             names = ", ".join(folder.name for folder in found)
             raise UserError(f"{path} holds several data sets, {names}; pass the path of one of them")
         if found:
             return Source(convert_batches(found[0]) if found[0].name == BATCHES else found[0], str(path))
+        for flat in (unpacked, *(inside if len(inside) == 1 else [])):
+            if len(list_folders(flat)) > 1:  # a folder for each class
+                return Source(flat, str(path))
     except FileNotFoundError:
         raise UserError(f"there is no {data}; --data takes auto, cifar10, digits, or a folder or archive") from None
     except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
         raise UserError(f"{data} can't be read ({reason})") from None
-    raise UserError(f"{path} holds no folder train/<class>/ with images; the README shows the layout")
+    raise UserError(f"{path} holds no folders train/<class>/ or <class>/ with images; the README shows the layouts")
+
+
+def list_folders(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name)]
 
 
 def cifar10_folder() -> Path:

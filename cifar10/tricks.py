@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import resize
 
+from cifar10.decode import SIZE
 from cifar10.recipes import Recipe
 
 
@@ -48,7 +49,7 @@ class ProgressiveResize(Callback):
         self.recipe = recipe
 
     def before_batch(self):
-        side = self.recipe.side(self.pct_train)
+        side = self.recipe.side(self.pct_train) * self.x.shape[-1] // SIZE
         if side < self.x.shape[-1]:
             self.learn.xb = (resize(self.x, [side, side], antialias=True),)
 

@@ -1,0 +1,134 @@
+"""The report as a web page, report.html: one file with everything in it, which asks nothing of any server."""
+
+import base64
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastcore.xml import (
+    FT,
+    H1,
+    H2,
+    Body,
+    Figcaption,
+    Figure,
+    Head,
+    Html,
+    Img,
+    Main,
+    Meta,
+    P,
+    Section,
+    Style,
+    Table,
+    Tbody,
+    Td,
+    Th,
+    Thead,
+    Title,
+    Tr,
+    ft,
+    to_xml,
+)  # fmt: skip
+
+from cifar10.decode import printable
+from cifar10.files import read_csv, write
+from cifar10.interpretation import Interpretation
+from cifar10.options import Options
+from cifar10.report import SUSPECTS, WHAT_SUSPECTS_MEAN, percent, statements, tables
+from cifar10.run import Run
+
+NOTEBOOK = Path(__file__).parents[1] / "results/notebook/log.csv"  # of the assignment
+CIFAR10 = "2ebad64464aa84e29315dc092b00cf79fb98223a601e0112bf2a17411e9908bc"  # hash of its images
+STYLE = """
+:root { color-scheme: light dark; --line: light-dark(#ddd, #444); --soft: light-dark(#666, #aaa); }
+body { margin: 0; font: 16px/1.5 system-ui, sans-serif; background: light-dark(#fff, #16181c);
+  color: light-dark(#1a1a1a, #e8e8e8); overflow-wrap: anywhere; }
+main { max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+code { font-size: .9em; }
+"""
+PLOTS = {
+    "lr_find": ("LR finder", "Loss of each step while the learning rate rises, and the learning rates that follow."),
+    "curves": ("Training", "Loss and accuracy after each epoch, and the learning rate of each step."),
+    "confusion_matrix": ("Confusion matrix", "How often each class is predicted for each actual class."),
+    "misclassified": ("Misclassified images", "The images that are misclassified worst, or the least certain ones."),
+    "gradcam": ("Grad-CAM", "Where the evidence for the predicted and for the actual class lies."),
+    "calibration": ("Calibration", "Accuracy of the predictions with each probability; below, how many there are."),
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> FT:
+    body = Tbody(*(Tr(*map(Td, row)) for row in rows))
+    return ft("div", Table(Thead(Tr(*map(Th, header))), body), cls="wide", tabindex="0")  # to be scrolled with keys
+
+
+def plot(file: Path, title: str, caption: str) -> FT:
+    data = base64.b64encode(file.read_bytes()).decode()
+    picture = Img(src=f"data:image/png;base64,{data}", alt=f"{title}: {caption}")
+    return Section(H2(title), Figure(picture, Figcaption(caption)))
+
+
+def command(options: Options) -> str:
+    """The command that makes such a run, with the options that are not the default."""
+    unimportant = {"device", "precision", "runs_dir", "name", "resume"}
+    words = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != field.default and field.name not in unimportant:
+            flag = f"--{'no_' * (value is False)}{field.name}"
+            words += [flag] if isinstance(value, bool) else [flag, str(value)]
+    return shlex.join(["python", "train.py", *words])
+
+
+def facts(run: Run) -> list[list[str]]:
+    """What was trained, on what, and with what."""
+    config, data, hardware, metrics = run.config, run.config["data"], run.config["hardware"], run.metrics
+    splits = ", ".join(f"{data[name]:,} {name}" for name in ("train", "valid", "test") if data.get(name))
+    side, recipe = data["size"], run.recipe
+    versions = (f"{name} {version}" for name, version in config["versions"].items())
+    return [
+        ["command", command(run.options)],
+        ["data", f"{printable(data['name'])}: {splits} images of {len(data['classes'])} classes, {side}×{side} pixels"],
+        ["training", f"{recipe.epochs} epochs by the recipe {recipe.name}, {metrics['pflop']:.3g} PFLOP"],
+        ["learning rate", f"{config['lr_min']:.2g} → {config['lr_max']:.2g} at epoch {recipe.peak_epoch:g}"],
+        ["duration", f"{metrics['seconds']:,.0f} seconds, {metrics['images_per_second']:,.0f} images per second"],
+        ["hardware", hardware["gpu"] or f"{hardware['threads']} threads on a CPU with {hardware['cpu']}"],
+        ["precision", run.options.precision],
+        ["versions", ", ".join(versions)],
+        ["commit", str(config["commit"])],
+    ]
+
+
+def results(run: Run, metrics: dict[str, Any], own: bool) -> FT:
+    """The accuracies, and the notebook's beside them where the data is CIFAR-10."""
+    rows = [["accuracy", percent(metrics["accuracy"], 2)]]
+    if "tta_accuracy" in metrics:
+        rows.append(["accuracy with test-time augmentation", percent(metrics["tta_accuracy"], 2)])
+    rows.append(["cross-entropy loss", f"{metrics['loss']:.4f}"])
+    if own and run.sha256 == CIFAR10 and run.options.valid == "test" and NOTEBOOK.is_file():
+        rows.append(
+            ["accuracy of the assignment's notebook", f"{read_csv(NOTEBOOK)['test_accuracy_percent'][-1]:.2f}%"]
+        )
+    return table(["", "result"], rows)
+
+
+def write_html(interp: Interpretation, metrics: dict[str, Any], run: Run, folder: Path, images: str):
+    """Write report.html into the folder, with the plots that are there. `images` says which ones were classified."""
+    title = f"{metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct"
+    parts = [Section(results(run, metrics, folder == run.path), *map(P, statements(metrics)))]
+    parts += [
+        plot(folder / f"{name}.png", *about) for name, about in PLOTS.items() if (folder / f"{name}.png").is_file()
+    ]
+    for name, (header, rows) in tables(interp, metrics).items():
+        explained = [P(WHAT_SUSPECTS_MEAN)] if name == SUSPECTS else []
+        parts.append(Section(H2(name), *explained, table(header, rows)))
+    parts.append(Section(H2("The run"), table(["", ""], facts(run))))
+    metas = Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width, initial-scale=1")
+    head = Head(*metas, Title(title), Style(STYLE))
+    write(folder / "report.html", to_xml(Html(head, Body(Main(H1(title), *parts)), lang="en")))
