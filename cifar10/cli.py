@@ -11,7 +11,9 @@ from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib import import_module
 from io import TextIOWrapper
+from types import ModuleType
 
 import matplotlib
 from fastcore.basics import IN_NOTEBOOK
@@ -31,6 +33,16 @@ class UserError(ValueError):
 
     def __str__(self):  # fastai rewrites the arguments of an exception that passes through a callback
         return self.message
+
+
+def extra(package: str, group: str) -> ModuleType:
+    """An optional package. Raises `UserError` with the command that installs it, if it is missing."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise UserError(
+            f"{package} is not installed; pip install -r requirements-extras.txt, or '.[{group}]'"
+        ) from None
 
 
 class Stopped(KeyboardInterrupt):

@@ -89,7 +89,7 @@ def list_flat(folder: Path, ignored: Counter) -> Listing:
     check_classes(folder, {"": classes}, {"": ignored})
     listing = Listing(flat=True)
     listing.add({"train": classes})
-    if ignored:
+    if ignored.total():
         listing.notes.append(f"{ignored.total():,} file{'s' * (ignored.total() > 1)} ignored: {kinds(ignored)}")
     return listing
 

@@ -1,9 +1,13 @@
 """The report of a model on labelled images: report.md, report.html and plots. run.py saves everything else."""
 
+import shutil
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastai.vision.all import Learner
+from torchvision.transforms.v2.functional import to_pil_image
 
 from cifar10.decode import printable
 from cifar10.files import write
@@ -11,6 +15,7 @@ from cifar10.interpretation import Interpretation
 from cifar10.metrics import contradicted, fit_temperature, summarize
 from cifar10.names import fonts_for
 from cifar10.plots import (
+    N_MISCLASSIFIED,
     plot_calibration,
     plot_confusion,
     plot_curves,
@@ -20,7 +25,7 @@ from cifar10.plots import (
 )
 
 SUSPECTS = "Labels to check"
-N_SUSPECTS = 20
+N_SUSPECTS, N_EXAMPLES = 20, 10
 PLOTS = {
     "confusion_matrix": plot_confusion,
     "misclassified": plot_misclassified,
@@ -95,6 +100,23 @@ def markdown_report(interp: Interpretation, metrics: dict[str, Any], images: str
     return "\n".join(lines) + "\n"
 
 
+def save_images(interp: Interpretation, folder: Path):
+    """PNG files for app.py: ten examples, of as many classes as there are, and the misclassified images."""
+    by_class = [(interp.targs == label).nonzero().flatten().tolist() for label in range(len(interp.names))]
+    rows = [row for same in zip_longest(*by_class) for row in same if row is not None][:N_EXAMPLES]
+    wrong = interp.misclassified()[:N_MISCLASSIFIED].tolist()
+    titles = {row: interp.names[interp.targs[row]] for row in rows}
+    titles_of_wrong = {
+        row: f"{interp.names[interp.targs[row]]}, predicted {interp.names[interp.decoded[row]]}" for row in wrong
+    }
+    for name, chosen in (("examples", titles), ("misclassified", titles_of_wrong)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir()
+        for number, (row, title) in enumerate(chosen.items()):
+            pixels = interp.images(torch.tensor([row]))[1][0].cpu()
+            to_pil_image(pixels).save(folder / name / f"{number:02}-{title.replace('/', '_')[:60]}.png")
+
+
 def write_report(learn: Learner, folder: Path, images: str = "images") -> tuple[Interpretation, dict[str, Any]]:
     """Write report.md and plots into a folder, with curves if it is the folder of a run.
 
@@ -116,6 +138,7 @@ def write_report(learn: Learner, folder: Path, images: str = "images") -> tuple[
     for name, plot in PLOTS.items():
         plot(interp)
         save_figure(folder / f"{name}.png")
+    save_images(interp, folder)
     metrics = summarize(interp, temperature)
     write(folder / "report.md", markdown_report(interp, metrics, images))
     return interp, metrics

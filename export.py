@@ -1,0 +1,104 @@
+"""Export a finished run to run elsewhere: `python export.py RUN --onnx model.onnx`, or `--torch model.pt2`.
+
+Both take uint8 images `(N, 3, size, size)`, any number at a time, and return probabilities `(N, classes)`. The class
+names stand in the file's metadata.
+"""
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cifar10 import cli
+from cifar10.classifier import Classifier
+from cifar10.cli import UserError, extra
+from cifar10.files import write
+from model import ResNet
+
+CHECKED = 100  # images on which an exported file is compared with PyTorch
+TOLERANCE = 1e-4  # of probabilities
+
+
+class GlobalMaxPool(nn.Module):
+    """`(N, C, H, W)` → `(N, C, 1, 1)`, as `nn.AdaptiveMaxPool2d(1)`, which ONNX does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax(dim=(2, 3), keepdim=True)
+
+
+class WithPreprocessing(nn.Module):
+    """uint8 `(N, 3, size, size)` → probabilities `(N, classes)`."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.model = classifier.model.to(memory_format=torch.contiguous_format)
+        self.model.pool = GlobalMaxPool()
+        self.register_buffer("mean", classifier.mean)
+        self.register_buffer("std", classifier.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images.float() / 255 - self.mean) / self.std).softmax(dim=1)
+
+
+def check(name: str, expected: Tensor, found: Tensor):
+    """Raise `UserError` unless an exported file gives the same probabilities and classes as PyTorch."""
+    difference = (expected - found).abs().max().item()
+    if not difference <= TOLERANCE or not torch.equal(expected.argmax(dim=1), found.argmax(dim=1)):
+        raise UserError(f"{name} differs from PyTorch by up to {difference:.1g}; please report this with `pip freeze`")
+    print(f"{name}: the same classes as PyTorch on {CHECKED} images, probabilities within {difference:.0e}")
+
+
+def export(run: str, onnx: str | None, pt2: str | None):
+    """Write the files that are asked for, and check them."""
+    classifier = Classifier.load(run, ResNet, device="cpu")
+    module = WithPreprocessing(classifier).eval()
+    about = {"classes": json.dumps(classifier.classes, ensure_ascii=False), "data": classifier.name}
+    generator, shape = torch.Generator().manual_seed(0), (CHECKED, 3, classifier.size, classifier.size)
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        expected = module(images)
+    program = torch.export.export(module, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+    if pt2:
+        save_torch(program, Path(pt2), about)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's own, about its way of reading files
+            check(pt2, expected, torch.export.load(pt2).module()(images))
+    if onnx:
+        save_onnx(program, Path(onnx), about)
+        session = extra("onnxruntime", "export").InferenceSession(onnx)
+        check(onnx, expected, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
+
+
+def save_torch(program, path: Path, about: dict[str, str]):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.export.save(program, Path(folder) / "model.pt2", extra_files=about)
+        write(path, (Path(folder) / "model.pt2").read_bytes())
+
+
+def save_onnx(program, path: Path, about: dict[str, str]):
+    extra("onnx", "export"), extra("onnxscript", "export")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["probabilities"])
+    exported.model.metadata_props.update(about)
+    with tempfile.TemporaryDirectory() as folder:
+        exported.save(Path(folder) / "model.onnx")
+        write(path, (Path(folder) / "model.onnx").read_bytes())
+
+
+def main(
+    run: str,  # folder of a finished run, or its model.safetensors
+    onnx: str | None = None,  # file for ONNX
+    torch: str | None = None,  # file for torch.export
+):
+    "Export a finished run to ONNX or torch.export, and compare the file with PyTorch."
+    if not (onnx or torch):
+        raise UserError("there is nothing to do; give --onnx or --torch, or both")
+    export(run, onnx, torch)
+
+
+if __name__ == "__main__":
+    cli.run(main)
