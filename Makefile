@@ -1,9 +1,13 @@
-# make train [ARGS="--recipe faster"], make test, make lint: each sets up .venv first, once.
+# make train [ARGS="--recipe faster"], make extras, make test, make lint: each sets up .venv first, once.
 PYTHON ?= python3
 
-.PHONY: train test lint
+.PHONY: train extras test lint
 train: .venv/ready
 	.venv/bin/python train.py $(ARGS)
+
+# What app.py, export.py and --tracker need.
+extras: .venv/ready requirements-extras.txt
+	.venv/bin/python -m pip install -r requirements-extras.txt -c constraints.txt
 
 test: .venv/ready-dev
 	.venv/bin/python -m pytest $(ARGS)
@@ -22,6 +26,6 @@ lint: .venv/ready-dev
 	.venv/bin/python -m pip install -r requirements.txt -c constraints.txt
 	touch $@
 
-.venv/ready-dev: .venv/ready requirements-dev.txt
+.venv/ready-dev: .venv/ready requirements-extras.txt requirements-dev.txt
 	.venv/bin/python -m pip install -r requirements-dev.txt -c constraints.txt
 	touch $@

@@ -85,12 +85,15 @@ def build(classifier: Classifier, folder: Path):
                     gr.Examples(examples, file, label="Images that the model has not been trained on")
             with gr.Column():
                 label = gr.Label(label="Probabilities", elem_id="label")
-                heat = gr.Image(label="Grad-CAM: where the evidence lies", elem_id="heat", interactive=False)
+                heat = gr.Image(
+                    label="Grad-CAM: where the evidence lies", elem_id="heat", interactive=False,
+                    buttons=["download", "fullscreen"],  # and none that shares it
+                )  # fmt: skip
                 layer = gr.Radio(GRADCAM_LAYERS, value=GRADCAM_LAYERS[-1], label="Layer")
                 chosen = gr.Dropdown([LIKELIEST, *names], value=LIKELIEST, label="Evidence for")
                 opacity = gr.Slider(0, 1, 0.5, label="Opacity", elem_id="opacity")
         if wrong:
-            gr.Gallery(wrong, label="Misclassified images", columns=5)
+            gr.Gallery(wrong, label="Misclassified images", columns=5, buttons=["download", "fullscreen"])
         for changed in (file, topk):
             changed.change(lambda *values: classify(classifier, *values), [file, topk], label)
         for changed in (file, layer, chosen, opacity):
@@ -117,7 +120,7 @@ def write_space(classifier: Classifier, weights: Path, folder: Path):
 
 
 def main(
-    run: Annotated[str, {"opt": False, "nargs": "?"}] = "",  # folder of a finished run, or its model.safetensors (default: the weights beside this program)
+    run: Annotated[str, {"opt": False, "nargs": "?"}] = "",  # folder of a finished run, or its model.safetensors
     port: int | None = None,  # to listen on (default: the first free one from 7860)
     share: bool = False,  # also make a public link through Gradio's servers
     space: str | None = None,  # folder to write for a Hugging Face Space, instead of serving the page

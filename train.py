@@ -34,6 +34,7 @@ from cifar10.plots import save_figure
 from cifar10.recipes import RECIPES, Recipe
 from cifar10.report import write_report
 from cifar10.run import Run, home_relative
+from cifar10.tracking import tracker_callbacks
 from model import ResNet, split_by_depth
 
 
@@ -110,7 +111,7 @@ def train(learn: Learner, run: Run, started: float):
     epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
     print(f"One cycle: {epochs}, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch {recipe.peak_epoch:g}"
           f" → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
-    fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint)], done)
+    fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint), *tracker_callbacks(run)], done)
     run.save_weights(learn.model)
 
     seconds, flop = learn.recorder.train_seconds, learn.recorder.flop  # the report starts the recorder anew

@@ -1,7 +1,13 @@
-"""A run beside the assignment's notebook, epoch by epoch: `python -m benchmarks.compare RUN`"""
+"""Runs side by side: `python -m benchmarks.compare RUN RUN …`, a table over seeds and the curves in one plot.
+
+Runs of the same recipe, data and options but the seed are one row, with mean and standard deviation. Runs on CIFAR-10's
+test split are drawn beside the assignment's notebook.
+"""
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated
 
 from matplotlib import pyplot as plt
 
@@ -11,48 +17,98 @@ from cifar10.files import read_csv
 from cifar10.plots import save_figure
 
 LOG = Path(__file__).parents[1] / "results/notebook/log.csv"
-ZOOM = 5  # percentage points on either side of the notebook's final accuracy, in the right half of the plot
+ZOOM = 5  # percentage points on either side of the best final accuracy, in the right half of the plot
+OWN = ("seed", "name", "runs_dir", "device", "resume", "data")  # options that may differ within a row
 
 
-def percent(fractions: list[float]) -> list[float]:
-    return [100 * fraction for fraction in fractions]
+def load(folder: str) -> dict:
+    """What a finished run says about itself. Raises `UserError` if it does not."""
+    try:
+        config, metrics = (json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("config", "metrics"))
+        history = read_csv(Path(folder) / "history.csv")
+        settings = {name: value for name, value in config["options"].items() if name not in OWN}
+        return dict(name=Path(folder).name, metrics=metrics, history=history, settings=settings, data=config["data"])
+    except (OSError, ValueError, LookupError):
+        raise UserError(f"{folder} is not the folder of a finished run") from None
 
 
-def plot_beside_notebook(run: Path):
-    """Accuracy of the run and of the notebook after each epoch: on the left the whole, on the right a close-up."""
-    config, ours, notebook = json.loads((run / "config.json").read_text()), read_csv(run / "history.csv"), read_csv(LOG)
-    if config["data"]["name"] != "cifar10" or config["options"]["valid"] != "test":
-        raise UserError(f"{run} was not evaluated on CIFAR-10's test split, so it can't be compared with the notebook")
-    test, train = notebook["test_accuracy_percent"], notebook["train_accuracy_percent"]
-    curves = [
-        ("notebook", "tab:gray", notebook["epoch"], test, train),
-        ("ours", "tab:orange", ours["epoch"], percent(ours["valid_accuracy"]), percent(ours["train_accuracy"])),
+def grouped(runs: list[dict]) -> list[list[dict]]:
+    """Runs that differ in the seed only, together."""
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run["settings"], run["data"].get("sha256")], sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def spread(values: list[float]) -> str:
+    """Mean in percent, with the standard deviation if there are several values."""
+    return f"{mean(values):.2%}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def table(groups: list[list[dict]]) -> str:
+    """A row for each group, in Markdown."""
+    lines = [
+        "| runs | n | epochs | accuracy | with TTA | PFLOP | minutes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    for runs in groups:
+        metrics = [run["metrics"] for run in runs]
+        tta = [m["tta_accuracy"] for m in metrics if "tta_accuracy" in m]
+        pflop = [m["pflop"] for m in metrics if "pflop" in m]
+        cells = [
+            ", ".join(run["name"] for run in runs), len(runs), metrics[0]["epochs"],
+            spread([m["accuracy"] for m in metrics]), spread(tta) if tta else "",
+            f"{mean(pflop):.2f}" if pflop else "", f"{mean(m['seconds'] for m in metrics) / 60:.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def curves(groups: list[list[dict]]) -> list[tuple[str, list[float], list[float], list[float]]]:
+    """Name, epochs, valid and train accuracy in percent: each run's, and the notebook's where it can be compared."""
+    runs = [run for group in groups for run in group]
+    drawn = []
+    for run in runs:
+        history = run["history"]
+        valid, train = ([100 * value for value in history[f"{split}_accuracy"]] for split in ("valid", "train"))
+        drawn.append((run["name"], history["epoch"], valid, train))
+    if all(run["data"]["name"] == "cifar10" and run["settings"]["valid"] == "test" for run in runs):
+        log = read_csv(LOG)
+        drawn.append(
+            ("the assignment's notebook", log["epoch"], log["test_accuracy_percent"], log["train_accuracy_percent"])
+        )
+    return drawn
+
+
+def plot(drawn: list[tuple[str, list[float], list[float], list[float]]]):
+    """Accuracy after each epoch: on the left the whole, on the right a close-up of the end."""
     _, (whole, close_up) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for ax in (whole, close_up):
-        for name, color, epochs, test, train in curves:
-            ax.plot(epochs, test, "o-", color=color, markersize=4, label=f"{name}, test: {test[-1]:.2f}% at the end")
-            ax.plot(epochs, train, "--", color=color, alpha=0.6, label=f"{name}, train")
-        ax.set_xlabel("Epoch")
-        ax.set_ylabel("Accuracy (%)")
-        ax.grid(alpha=0.3)
-    bottom = notebook["test_accuracy_percent"][-1] - ZOOM
-    close_up.set_ylim(bottom, bottom + 2 * ZOOM)
-    close_up.set_xlim(
-        min(epoch for *_, epochs, test, _ in curves for epoch, value in zip(epochs, test) if value > bottom) - 1
-    )
-    whole.set_title("Accuracy after each epoch")
+    for number, (name, epochs, valid, train) in enumerate(drawn):
+        color = "tab:gray" if name.endswith("notebook") else f"C{number % 7}"
+        for ax in (whole, close_up):
+            ax.plot(epochs, valid, "o-", color=color, markersize=4, label=f"{name}: {valid[-1]:.2f}%")
+            ax.plot(epochs, train, "--", color=color, alpha=0.5)
+    top = max(valid[-1] for _, _, valid, _ in drawn)
+    close_up.set_ylim(top - ZOOM, top + ZOOM)
+    starts = [next((e for e, v in zip(epochs, valid) if v > top - ZOOM), epochs[-1]) for _, epochs, valid, _ in drawn]
+    close_up.set_xlim(left=min(starts) - 1)
+    whole.set_title("Accuracy after each epoch: valid, and train (dashed)")
     close_up.set_title("Close-up of the last epochs")
+    for ax in (whole, close_up):
+        ax.set(xlabel="Epoch", ylabel="Accuracy (%)")
+        ax.grid(alpha=0.3)
     whole.legend(loc="lower right")
 
 
 def main(
-    run: str,  # folder of a finished run on CIFAR-10
-    out: str = "",  # PNG file (default: notebook.png in the folder)
+    runs: Annotated[str, {"nargs": "+"}],  # folders of finished runs
+    out: str = "compare.png",  # PNG file for the curves
 ):
-    "Plot the accuracy of a run and of the assignment's notebook after each epoch."
-    plot_beside_notebook(Path(run))
-    save_figure(Path(out or Path(run) / "notebook.png"))
+    "Compare finished runs: a table with mean and standard deviation over seeds, and the curves in one plot."
+    groups = grouped([load(folder) for folder in ([runs] if isinstance(runs, str) else runs)])
+    print(table(groups))
+    plot(curves(groups))
+    save_figure(Path(out))
 
 
 if __name__ == "__main__":

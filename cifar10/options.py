@@ -38,6 +38,7 @@ class Options:
     width: Annotated[int, Bounds(1, 4096)] = 64  # channels of the first layer; 8 makes a small model for a quick try
     precision: Annotated[str, choices("auto", "fp32", "bf16", "fp16")] = "auto"  # auto picks the fastest
     device: Annotated[str, choices("auto", "cpu", "cuda", "mps")] = "auto"  # device to train on
+    tracker: Annotated[str, choices("none", "tensorboard", "wandb")] = "none"  # also log to an experiment tracker
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 42  # random seed; on the same CPU it gives the same weights
     runs_dir: str = "runs"  # folder that holds the runs
     name: str | None = None  # name of the run folder (default: <date>-<time>-<data>-<recipe>)

@@ -74,28 +74,47 @@ def test_the_bare_loop(tmp_path):
     assert json.loads((ROOT / "results/overhead.json").read_text())["ratio"] <= 1.05
 
 
-# ---- Beside the notebook
+# ---- Runs side by side
 
 
-def test_a_run_beside_the_notebook(tmp_path):
-    run = ROOT / "results/cifar10-assignment"
-    done = module("compare", run, "--out", tmp_path / "notebook.png")
+def finished(folder, accuracy, seed, **options):
+    """The folder of a finished run, by hand."""
+    folder.mkdir()
+    config = dict(options=dict(recipe="fast", seed=seed, valid="test") | options, data=dict(name="digits", sha256="x"))
+    metrics = dict(accuracy=accuracy, tta_accuracy=accuracy + 0.01, epochs=2, seconds=60, pflop=0.5)
+    for name, value in (("config", config), ("metrics", metrics)):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    (folder / "history.csv").write_text(f"epoch,train_accuracy,valid_accuracy\n1,0.5,nan\n2,0.9,{accuracy}\n")
+    return folder
+
+
+def test_runs_that_differ_in_the_seed_are_one_row(tmp_path):
+    runs = [finished(tmp_path / f"run{seed}", 0.9 + seed / 100, seed) for seed in (1, 2)]
+    runs.append(finished(tmp_path / "other", 0.8, 1, width=8))
+    done = module("compare", *runs, "--out", tmp_path / "c.png")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "notebook.png").read_bytes()[:4] == b"\x89PNG"
-    compare.plot_beside_notebook(run)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert rows[0] == ["run1, run2", "2", "2", "91.50% ± 0.71", "92.50% ± 0.71", "0.50", "1.0"]
+    assert rows[1][:4] == ["other", "1", "2", "80.00%"] and len(rows) == 2
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_beside_the_notebook():
+    """Only what was evaluated on the same images."""
+    run = compare.load(str(ROOT / "results/cifar10-best"))
+    drawn = compare.curves([[run]])
+    assert [name for name, *_ in drawn] == ["cifar10-best", "the assignment's notebook"]
+    assert drawn[0][2][-1] == pytest.approx(100 * run["metrics"]["accuracy"], abs=0.02) and len(drawn[1][1]) == 24
+    compare.plot(drawn)
     both, close_up = plt.gcf().axes
-    accuracy = json.loads((run / "metrics.json").read_text())["accuracy"]
     assert {len(line.get_xdata()) for line in both.lines} == {24} and close_up.get_xlabel() == "Epoch"
-    assert f"ours, test: {accuracy:.2%} at the end" in [line.get_label() for line in both.lines]
     plt.close()
+    assert len(compare.curves([[run | {"data": {"name": "digits"}}]])) == 1
 
 
-def test_other_data_are_not_set_beside_the_notebook(tmp_path):
-    config = json.loads((ROOT / "results/cifar10-assignment/config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"name": "digits"}}))
-    (tmp_path / "history.csv").write_text("epoch\n1\n")
+def test_what_is_not_a_run_is_not_compared(tmp_path):
     done = module("compare", tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not evaluated on CIFAR-10's test" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not the folder of a finished run" in done.stderr
 
 
 # ---- Ablation

@@ -32,6 +32,19 @@ def shown(output) -> str:
 
 
 @pytest.mark.slow
+def test_the_walkthrough(tmp_path, monkeypatch):
+    """Every cell runs, and shows what it is about; in git it has no outputs."""
+    monkeypatch.delenv("MPLBACKEND")  # of the tests
+    notebook = nbformat.read(ROOT / "walkthrough.ipynb", 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    pictures = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    text = "".join(shown(output) for cell in code for output in cell.outputs)
+    assert pictures >= 7 and "Total params" in text and "with test-time augmentation" in text
+
+
+@pytest.mark.slow
 def test_in_a_jupyter_kernel(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND")  # of the tests
     options = f"{' '.join(QUICK)} --lr_max 0.1 --runs_dir {tmp_path}"

@@ -1,0 +1,28 @@
+"""Experiment trackers, through fastai's own callbacks: TensorBoard, Weights & Biases."""
+
+from fastai.callback.core import Callback
+
+from cifar10.cli import extra
+from cifar10.run import Run
+
+
+def tracker_callbacks(run: Run) -> list[Callback]:
+    """The callbacks of the tracker that the run's options name. Raises `UserError` if it is not installed.
+
+    TensorBoard's files are in the run's folder, below tensorboard/. W&B names its run after the folder, and keeps its
+    files there, below wandb/; with the environment variable WANDB_MODE=offline, nothing is sent.
+    """
+    tracker = run.options.tracker
+    if tracker == "tensorboard":
+        extra("tensorboard", "trackers")
+        from fastai.callback.tensorboard import TensorBoardCallback
+
+        return [TensorBoardCallback(run.path / "tensorboard", trace_model=False, log_preds=False)]
+    if tracker == "wandb":
+        wandb = extra("wandb", "trackers")
+        from fastai.callback.wandb import WandbCallback
+
+        name = run.path.name
+        wandb.init(project="cifar10", name=name, id=name, resume="allow", dir=run.path, config=run.config)
+        return [WandbCallback(log_preds=False)]
+    return []

@@ -1,0 +1,129 @@
+"""app.py in a real browser, as its user sees it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from browser import chromium, requests
+from commandline import ROOT, command
+from conftest import make_images
+from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+import app
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("cwd")
+    folder = make_images(cwd / "images", classes=("cross", "ring", "bar"))
+    short = ("--epochs", 3, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
+    done = command("train.py", "--data", folder, *short, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    Image.open(folder / "test/ring/0.png").resize((90, 120)).save(cwd / "photo.jpg")
+    (cwd / "text.png").write_text("not an image")
+    return cwd / "runs/run"
+
+
+@contextmanager
+def serving(*words, cwd):
+    """The page's address, while it is served."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([sys.executable, *map(str, words), "--port", str(port)], cwd=cwd, env=os.environ)
+    try:
+        for _ in range(240):
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(address, timeout=10).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_upload_a_photo_and_see_the_evidence(run):
+    with serving(ROOT / "app.py", run, cwd=run) as address, chromium(height=1600) as chrome:
+        chrome.get(address)
+        wait = WebDriverWait(chrome, 60)
+        upload = wait.until(lambda c: c.find_element(By.CSS_SELECTOR, "#image input[type=file]"))
+        upload.send_keys(str(run.parents[1] / "photo.jpg"))
+        wait.until(lambda c: "%" in c.find_element(By.ID, "label").text)
+        said = chrome.find_element(By.ID, "label").text
+        assert {"cross", "ring", "bar"} <= {*said.split()}
+        shown = lambda c: c.find_element(By.CSS_SELECTOR, "#heat img").get_attribute("src")  # noqa: E731
+        before = wait.until(shown)
+        opacity = chrome.find_element(By.CSS_SELECTOR, "#opacity input[type=number]")
+        opacity.clear()
+        opacity.send_keys("0.9\t")
+        wait.until(lambda c: shown(c) != before)
+        assert [url for url in requests(chrome) if not url.startswith((address, "data:", "blob:"))] == []
+        assert [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"] == []
+        thumbnails = chrome.find_elements(By.CSS_SELECTOR, "button img, .gallery img")
+        assert len(thumbnails) >= 10
+        chrome.find_element(By.CSS_SELECTOR, "#image button[aria-label*='lear'], #image [title*='lear']").click()
+        upload = wait.until(lambda c: c.find_element(By.CSS_SELECTOR, "#image input[type=file]"))
+        upload.send_keys(str(run.parents[1] / "text.png"))
+        wait.until(lambda c: "can't be read as an image" in c.find_element(By.TAG_NAME, "body").text)
+
+
+@pytest.mark.slow
+def test_many_at_once(run):
+    from gradio_client import Client, handle_file
+
+    with serving(ROOT / "app.py", run, cwd=run) as address:
+        client = Client(address, verbose=False)
+        file = handle_file(str(run.parents[1] / "photo.jpg"))
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda _: client.predict(file, 3, fn_index=0), range(20)))
+    assert len(answers) == 20 and all(answer == answers[0] for answer in answers)
+    assert {entry["label"] for entry in answers[0]["confidences"]} == {"cross", "ring", "bar"}
+
+
+@pytest.mark.slow
+def test_a_space_runs_from_its_folder(run, tmp_path):
+    done = command("app.py", run, "--space", tmp_path / "space", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {file.name for file in (tmp_path / "space").iterdir()}
+    assert names == {"app.py", "model.py", "cifar10", "model.safetensors", "requirements.txt", "README.md", "examples",
+                     "misclassified"}  # fmt: skip
+    assert "gradio==" in (tmp_path / "space/requirements.txt").read_text()
+    with serving("app.py", cwd=tmp_path / "space") as address:
+        assert "images: which of 3 classes?" in urllib.request.urlopen(f"{address}/config").read().decode()
+    done = command("app.py", run, "--space", tmp_path / "space", cwd=tmp_path)
+    assert done.returncode == 2 and "is not empty; choose another --space" in done.stderr
+
+
+def test_the_functions(run):
+    classifier = app.Classifier.load(run, app.ResNet)
+    photo = str(run.parents[1] / "photo.jpg")
+    found = app.classify(classifier, photo, 2)
+    assert len(found) == 2 and list(found.values()) == sorted(found.values(), reverse=True)
+    one, other = (app.explain(classifier, photo, "layer1", label, 0.5) for label in ("ring", "cross"))
+    assert one.size == (320, 320) and one.tobytes() != other.tobytes()
+    best = app.explain(classifier, photo, "layer1", app.LIKELIEST, 0.5)
+    assert best.tobytes() == app.explain(classifier, photo, "layer1", next(iter(found)), 0.5).tobytes()
+    assert app.classify(classifier, None, 2) is None and app.explain(classifier, None, "layer1", "ring", 0.5) is None
+
+
+def test_without_gradio(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(
+        app.UserError, match=r"gradio, which this needs, is not installed; install it with `make extras`"
+    ):
+        app.build(app.Classifier.load(run, app.ResNet), run)
+    done = command("app.py", cwd=tmp_path)
+    assert done.returncode == 2 and "is neither the folder of a finished run nor" in done.stderr

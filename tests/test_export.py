@@ -1,0 +1,66 @@
+"""Exported files give what PyTorch gives, for any number of images, and name their classes."""
+
+import json
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from commandline import command
+from conftest import make_images
+
+import export
+from cifar10.classifier import Classifier
+from model import ResNet
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run, and the folder with both of its files."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    folder = make_images(cwd / "images", classes=("cross", "ring — 環"))
+    short = ("--epochs", 1, "--peak_epoch", 0.5, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--size", 40)
+    assert command("train.py", "--data", folder, *short, "--name", "run", cwd=cwd).returncode == 0
+    done = command("export.py", cwd / "runs/run", "--onnx", "m.onnx", "--torch", "m.pt2", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same classes as PyTorch on 100 images") == 2
+    return cwd / "runs/run", cwd
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 7])
+def test_any_number_of_images(exported, count):
+    run, folder = exported
+    images = torch.randint(256, (count, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    classifier = Classifier.load(run, ResNet)
+    classifier.precision = "fp32"
+    expected = classifier.classify(images)
+    session = onnxruntime.InferenceSession(folder / "m.onnx")
+    assert [tuple(i.shape)[1:] for i in session.get_inputs()] == [(3, 40, 40)]
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), expected)
+    torch.testing.assert_close(torch.export.load(folder / "m.pt2").module()(images), expected)
+
+
+def test_the_metadata_name_the_classes(exported):
+    _, folder = exported
+    about = {entry.key: entry.value for entry in onnx.load(folder / "m.onnx").metadata_props}
+    files = {"classes": "", "data": ""}
+    torch.export.load(folder / "m.pt2", extra_files=files)
+    assert json.loads(about["classes"]) == json.loads(files["classes"]) == ["cross", "ring — 環"]
+    assert about["data"] == "images"
+
+
+def test_a_difference_is_an_error():
+    probabilities = torch.tensor([[0.6, 0.4]])
+    export.check("x", probabilities, probabilities + 1e-6)
+    for other in (probabilities + 1e-3, torch.tensor([[0.4, 0.6]]), torch.tensor([[float("nan")] * 2])):
+        with pytest.raises(export.UserError, match="x differs from PyTorch by up to"):
+            export.check("x", probabilities, other)
+
+
+def test_mistakes(exported, tmp_path):
+    done = command("export.py", exported[0], cwd=tmp_path)
+    assert done.returncode == 2 and "there is nothing to do; give --onnx or --torch" in done.stderr
+    done = command("export.py", "nowhere", "--onnx", "x.onnx", cwd=tmp_path)
+    assert done.returncode == 2 and "neither the folder of a finished run" in done.stderr

@@ -1,0 +1,207 @@
+"""Own images in every layout: folders with two or three splits, a flat folder, a CSV file; any size; from the disk."""
+
+import csv
+import json
+import random
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from commandline import command
+from conftest import make_images
+from PIL import Image
+
+from cifar10 import pixels
+from cifar10.cli import UserError
+from cifar10.data import describe
+from cifar10.images import ImageTable
+from cifar10.pixels import PixelFile
+from train import get_dls
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """A folder for each of two classes, 24 images in each."""
+    return make_images(tmp_path / "images") / "train"
+
+
+@pytest.fixture
+def three(tmp_path):
+    """24 + 24 training, 8 + 8 validation and 8 + 8 test images."""
+    folder = make_images(tmp_path / "images")
+    make_images(tmp_path / "more", train=0, test=8)
+    (tmp_path / "more/test").rename(folder / "valid")
+    for number, file in enumerate(sorted((folder / "valid").rglob("*.png"))):
+        Image.open(file).rotate(90 * (number % 3 + 1)).save(file)  # or they would be those of test/
+    return folder
+
+
+def write_table(file, rows):
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows(rows)
+
+
+def test_a_flat_folder_is_split_in_proportion_and_always_alike(flat):
+    dls = get_dls(flat, batch_size=8)
+    assert [len(dl.dataset) for dl in dls.loaders] == [38, 10] and dls.vocab == ["cross", "ring"]
+    assert Counter(dls.valid_ds.items.map(lambda file: file.parent.name)) == {"cross": 5, "ring": 5}
+    assert not {*dls.train_ds.items} & {*dls.valid_ds.items}
+    again = get_dls(flat, batch_size=8)
+    assert again.valid_ds.items == dls.valid_ds.items
+    assert len(get_dls(flat, batch_size=8, valid_pct=0.5).valid_ds) == 24
+    assert describe(dls) == "train: 2 classes; 38 training and 10 validation images, 32×32 pixels"
+
+
+def test_a_flat_folder_in_an_archive(flat, tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for file in flat.rglob("*.png"):
+            archive.write(file, f"photos/{file.relative_to(flat)}")
+    assert get_dls(tmp_path / "photos.zip", batch_size=8).train.table.classes == ["cross", "ring"]
+
+
+def test_copies_that_may_be_on_both_sides_are_named(flat, capsys):
+    (flat / "cross/copy.png").write_bytes((flat / "cross/0.png").read_bytes())
+    ImageTable(flat)
+    assert "2 of 49 images are identical to others, and may be on both sides of the split" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["test", "Training", "VALID"])
+def test_splits_without_train_are_not_taken_for_classes(flat, name):
+    (flat / "cross").rename(flat / name)
+    with pytest.raises(UserError, match=rf"holds {name}, but no train/"):
+        ImageTable(flat)
+
+
+def test_three_splits(three, tmp_path):
+    """Valid while training, test once at the end; the temperature is fitted on valid."""
+    dls = get_dls(three, batch_size=8)
+    assert [len(dl.dataset) for dl in dls.loaders] == [48, 16, 16]
+    assert {file.parent.parent.name for file in dls.valid_ds.items} == {"valid"}
+    assert {file.parent.parent.name for file in dls[2].dataset.items} == {"test"}
+    assert "48 training, 16 validation and 16 test images" in describe(dls)
+    images, labels = next(iter(dls[2]))
+    assert images.shape == (8, 3, 32, 32) and (labels == 0).all()
+    again = next(iter(dls[2]))[0]
+    assert torch.equal(images, again)  # no augmentation
+    short = ("--epochs", 2, "--peak_epoch", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
+    done = command("train.py", "--data", three, *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "runs/run/metrics.json").read_text())
+    assert metrics["images"] == 16 and metrics["temperature"] > 0
+    assert "fitted on the validation images" in (tmp_path / "runs/run/report.md").read_text()
+    assert json.loads((tmp_path / "runs/run/config.json").read_text())["data"]["test"] == 16
+
+
+def test_a_table(flat, tmp_path):
+    files = [file.relative_to(tmp_path) for file in sorted(flat.rglob("*.png"))]
+    write_table(tmp_path / "labels.csv", [("image", "label"), *((file, f"a {file.parent.name}") for file in files)])
+    dls = get_dls(tmp_path / "labels.csv", batch_size=8)
+    assert dls.vocab == ["a cross", "a ring"] and [len(dl.dataset) for dl in dls.loaders] == [38, 10]
+    assert describe(dls).startswith("labels: 2 classes")
+    for dl in dls.loaders:  # each image has the label of its row
+        assert [dls.vocab[y] for y in dl.targets[0]] == [f"a {file.parent.name}" for file in dl.dataset.items]
+    image, label = dls.valid_ds[0]
+    assert dls.vocab[label] == f"a {dls.valid_ds.items[0].parent.name}" and image.size == (32, 32)
+
+
+def test_a_table_with_splits(flat, tmp_path):
+    files, splits = sorted(flat.rglob("*.png")), ["train"] * 16 + ["valid"] * 4 + ["test"] * 4
+    rows = [(file, file.parent.name, split) for file, split in zip(files, splits * 2, strict=True)]
+    random.Random(0).shuffle(rows)
+    write_table(tmp_path / "labels.csv", [("image", "label", "split"), *rows])
+    assert [len(dl.dataset) for dl in get_dls(tmp_path / "labels.csv", batch_size=8).loaders] == [32, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([("file", "class"), ("a.png", "x")], "has the columns file, class; it must have image and label"),
+        ([("image", "label"), ("a.png", "x"), ("b.png", " ")], "line 3: label is ''; it is empty"),
+        ([("image", "label"), ("a.png", "x"), ("a.png", "y")], "line 3: image is 'a.png'; it is there twice"),
+        ([("image", "label", "split"), ("a.png", "x", "dev")], "line 2: split is 'dev'; it must be train"),
+        ([("image", "label"), ("a.png", "x"), ("b.png", "x")], "images of one class only, x"),
+        ([("image", "label"), ("a.png", "x"), ("b.png", "y")], r"2 of 2 images can't be used: a.png \(No such file"),
+        ([("image", "label", "split"), ("a.png", "x", "test")], "holds no images in train"),
+        ([], "can't be read as a table"),
+    ],
+)
+def test_wrong_tables(tmp_path, rows, says):
+    write_table(tmp_path / "labels.csv", rows)
+    with pytest.raises(UserError, match=says):
+        ImageTable(tmp_path / "labels.csv")
+
+
+def test_any_size(tmp_path):
+    """Crops and Cutout scale with the images, and the caches of two sizes are two."""
+    folder = make_images(tmp_path / "images", size=64)
+    dls = get_dls(folder, size=48, batch_size=8)
+    crop, cutout = (
+        next(t for t in dls.train.after_batch.fs if type(t).__name__ == name) for name in ("RandomCrop", "Cutout")
+    )
+    assert (crop.size, crop.padding, cutout.height) == (48, 6, 12)
+    assert dls.one_batch()[0].shape == (8, 3, 48, 48) and dls.train.table.pixels.shape[-1] == 48
+    assert get_dls(folder, batch_size=8).one_batch()[0].shape[-1] == 32
+    assert "64×64 pixels, resized to 48×48" in describe(dls)
+    same = dls.test_dl([dls.valid_ds.items[0]]).one_batch()[0]  # decoded by itself
+    assert torch.equal(same[0], next(iter(dls.valid))[0][0])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--size", 30), ("--size", 8), ("--valid_pct", 1.5)])
+def test_wrong_options(option, value, tmp_path):
+    done = command("train.py", option, value, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and option[2:] in done.stderr
+
+
+def test_from_the_disk_as_from_memory(tmp_path, monkeypatch):
+    folder = make_images(tmp_path / "images")
+    memory = ImageTable(folder)
+    monkeypatch.setattr(pixels, "IN_MEMORY", 0)
+    monkeypatch.setattr(pixels, "AT_ONCE", 7 * 3 * 32 * 32)  # several chunks
+    disk = ImageTable(folder)
+    assert isinstance(disk.pixels, PixelFile) and disk.hash == memory.hash and len(disk.pixels) == 64
+    rows = torch.tensor([5, 3, 5, 60])
+    assert torch.equal(disk.pixels[rows], memory.pixels[rows]) and torch.equal(disk.pixels[7], memory.pixels[7])
+    assert disk.stats([*range(48)]) == pytest.approx(memory.stats([*range(48)]))
+    one, other = (get_dls(table, batch_size=8) for table in (disk, memory))
+    assert torch.equal(next(iter(one.valid))[0], next(iter(other.valid))[0])
+    disk.cache.unlink()
+    assert ImageTable(folder).hash == memory.hash  # decoded again, in chunks
+
+
+def test_classes_are_drawn_equally_often(tmp_path):
+    folder = make_images(tmp_path / "images", train=40)
+    for file in sorted((folder / "train/ring").iterdir())[4:]:
+        file.unlink()
+
+    def drawn(**changes):
+        dls = get_dls(folder, batch_size=4, **changes)
+        dls.train.rng.seed(0)
+        return torch.cat([y for _ in range(20) for _, y in dls.train]).double().mean().item()
+
+    assert drawn() == pytest.approx(4 / 44, abs=0.01)
+    assert drawn(weighted=True) == pytest.approx(0.5, abs=0.06)  # 880 draws: 3.5 standard deviations
+
+
+def test_imbalance_is_told(tmp_path, capsys):
+    folder = make_images(tmp_path / "images", train=41)
+    for file in sorted((folder / "train/ring").iterdir())[4:]:
+        file.unlink()
+    ImageTable(folder)
+    assert "cross has 41 training images and ring 4" in capsys.readouterr().out
+    (folder / "train/cross/0.png").unlink()
+    ImageTable(folder)
+    assert "training images and" not in capsys.readouterr().out
+
+
+def test_the_ranges_of_another_data_set(tmp_path):
+    """A model that was trained on 12 bits sees dark 12-bit images as dark."""
+    folder = make_images(tmp_path / "images")
+    for file in folder.rglob("*.png"):
+        values = np.asarray(Image.open(file).convert("L")).astype(np.uint16) * 4
+        Image.fromarray(values).save(file)
+    own = ImageTable(folder)
+    given = ImageTable(folder, ranges={"integer": (0, 4095)})
+    assert own.ranges == {"integer": (0, 1023)} and given.ranges == {"integer": (0, 4095)}
+    torch.testing.assert_close(given.pixels.float() * 4095 / 1023, own.pixels.float(), atol=4, rtol=0)

@@ -1,0 +1,171 @@
+"""predict.py and Classifier: what training and validation see, from the weights alone."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from commandline import ROOT, command
+from conftest import make_images
+from PIL import Image
+
+from cifar10.cli import UserError
+from cifar10.data import get_dls as package_dls
+from cifar10.interpretation import Interpretation, tta_preds
+from cifar10.learner import get_learner as package_learner
+from cifar10.run import Run
+from model import ResNet
+from predict import Classifier
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("photos") / "photos", size=40)
+
+
+@pytest.fixture(scope="module")
+def run(photos):
+    """A finished run on images of 48×48, whose classes are easy to tell apart."""
+    short = ("--epochs", 4, "--batch_size", 8, "--width", 4, "--size", 48, "--lr_max", 0.1, "--name", "run")
+    done = command("train.py", "--data", photos, *short, cwd=photos.parent)
+    assert done.returncode == 0, done.stderr
+    return photos.parent / "runs/run"
+
+
+@pytest.fixture(scope="module")
+def learned(run, photos):
+    """The same model as a Learner, with the test images."""
+    finished, model = Run.open(run), ResNet(width=4, num_classes=2)
+    finished.load_weights(model)
+    from cifar10.images import ImageTable
+
+    images = ImageTable.open(photos, size=48)
+    dls = package_dls(images, bs=8, stats=(finished.mean, finished.std))
+    return package_learner(dls, model, finished.recipe)
+
+
+def table_of(path) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_the_probabilities_of_the_learner(run, learned, tta):
+    files = learned.dls.valid_ds.items
+    interp = Interpretation(learned)
+    expected = tta_preds(interp) if tta else interp.preds
+    found = Classifier.load(run).predict(files, tta=tta)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(found, expected) or tta
+
+
+def test_the_accuracy_of_the_run(run, photos, tmp_path):
+    done = command(
+        "predict.py", run, photos / "test", "--csv", tmp_path / "t.csv", "--json", tmp_path / "t.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    rows, metrics = table_of(tmp_path / "t.csv"), json.loads((run / "metrics.json").read_text())
+    correct = [row["class 1"] == row["image"].split("/")[-2] for row in rows]
+    assert len(rows) == 16 and sum(correct) / 16 == metrics["accuracy"]
+    probabilities = json.loads((tmp_path / "t.json").read_text())
+    assert {*probabilities} == {row["image"] for row in rows}
+    assert all(sum(p.values()) == pytest.approx(1, abs=1e-5) for p in probabilities.values())
+
+
+def test_a_table_on_the_terminal(run, photos, tmp_path):
+    files = [photos / "test/ring/0.png", photos / "test/cross/1.png"]
+    done = command("predict.py", run / "model.safetensors", *files, "--topk", 1, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 3 and lines[0].split() == ["image", "class", "1", "probability", "1"]
+    assert [line.split()[0] for line in lines[1:]] == [str(file) for file in files]
+
+
+def test_a_list_from_the_standard_input(run, photos):
+    names = "\n".join(map(str, sorted((photos / "test/ring").iterdir()))) + "\n"
+    words = [sys.executable, ROOT / "predict.py", run, "-"]
+    done = subprocess.run(words, input=names, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 9, done.stderr
+
+
+def test_a_broken_file_is_named_and_the_rest_is_done(run, photos, tmp_path):
+    folder = tmp_path / "new"
+    shutil.copytree(photos / "test/ring", folder / "deep/er")
+    (folder / "broken.png").write_text("not an image")
+    done = command("predict.py", run, folder, tmp_path / "missing.jpg", cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 9
+    said = done.stderr.splitlines()
+    assert len(said) == 3 and "broken.png can't be used as an image" in said[0] and "missing.jpg" in said[1]
+    assert said[2] == "2 of 10 images can't be used"
+
+
+def test_grad_cam_of_each_image(run, photos, tmp_path):
+    (tmp_path / "0.png").write_bytes((photos / "test/ring/0.png").read_bytes())
+    done = command("predict.py", run, photos / "test/ring/0.png", tmp_path / "0.png", "--gradcam", "cam", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in (tmp_path / "cam").iterdir()} == {"0.png", "0-1.png"}
+    assert Image.open(tmp_path / "cam/0.png").size == (1000, 340)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("nowhere", "x.png"), "nowhere is neither the folder of a finished run nor its model.safetensors"),
+        (("RUN", "x.png", "--topk", 3), "topk is 3; it must be from 1 to the number of classes, 2"),
+        (("RUN", "empty"), "empty holds no images"),
+        (("RUN",), "the following arguments are required: images"),
+        (("damaged.safetensors", "x.png"), "is damaged or not a safetensors file"),
+    ],
+)
+def test_mistakes(run, tmp_path, words, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:1000])
+    done = command("predict.py", *(run if word == "RUN" else word for word in words), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+
+
+def test_from_python(run, photos):
+    classifier = Classifier.load(run)
+    file = photos / "test/ring/0.png"
+    image = Image.open(file)
+    one = classifier.predict(file)
+    assert one.shape == (1, 2) and classifier.classes == ["cross", "ring"] and classifier.size == 48
+    for same in (str(file), image, np.asarray(image), [image], [file]):
+        assert torch.equal(classifier.predict(same), one)
+    assert classifier.predict([]).shape == (0, 2)
+    with pytest.raises(UserError, match="can't be used as an image"):
+        classifier.predict(ROOT / "README.md")
+
+
+def test_weights_of_another_format(run, tmp_path):
+    from cifar10.files import load_tensors, save_tensors
+
+    tensors, about = load_tensors(run / "model.safetensors")
+    save_tensors(tmp_path / "old.safetensors", tensors, **about | {"format": 2})
+    with pytest.raises(UserError, match="has format 2, not 3; train again"):
+        Classifier.load(tmp_path / "old.safetensors")
+    save_tensors(tmp_path / "odd.safetensors", tensors, **about | {"model": {"depth": 3}})
+    with pytest.raises(UserError, match="does not hold a model of this program"):
+        Classifier.load(tmp_path / "odd.safetensors")
+
+
+def test_the_weights_that_come_with_the_clone():
+    classifier = Classifier.load(ROOT / "results/cifar10-best")
+    assert len(classifier.classes) == 10 and (ROOT / "results/cifar10-best/model.safetensors").stat().st_size < 14e6
+    assert classifier.predict(np.zeros((32, 32, 3), np.uint8)).sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.cifar10
+def test_their_accuracy_is_the_one_that_is_stated(cifar10_path, tmp_path):
+    """Half precision and another processor may move it by 0.02 points."""
+    shutil.copytree(ROOT / "results/cifar10-best", tmp_path / "best")
+    done = command("interpret.py", tmp_path / "best", "--data", cifar10_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stated = json.loads((ROOT / "results/cifar10-best/metrics.json").read_text())["accuracy"]
+    found = float(done.stdout.split("cifar10-best: ")[-1].split(": ")[-1].split("%")[0]) / 100
+    assert found == pytest.approx(stated, abs=2e-4 + 1e-9)
