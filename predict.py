@@ -56,8 +56,9 @@ def main(
 ):
     "Classify images with a finished run."
     classifier = Classifier.load(run)
-    if not 1 <= topk <= len(classifier.classes):
-        raise UserError(f"topk is {topk}; it must be from 1 to the number of classes, {len(classifier.classes)}")
+    if topk < 1:
+        raise UserError(f"topk is {topk}; it must be at least 1")
+    topk = min(topk, len(classifier.classes))
     files = find_files([images] if isinstance(images, str) else images)
     rows, probabilities, failed = [], {}, 0
     for some in chunked(files, AT_ONCE):

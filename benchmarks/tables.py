@@ -18,11 +18,12 @@ from cifar10.recipes import RECIPES
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-RUNS = {  # folder in results/ → recipe, and what was typed beside it
-    "cifar10-assignment": ("assignment", ""),
-    "cifar10-layer": ("assignment", " --norm layer"),
-    "cifar10-fast": ("fast", ""),
-    "cifar10-faster": ("faster", ""),
+RUNS = {  # folder in results/ → recipe, what was typed beside it, and the version whose recipe it was if not today's
+    "cifar10-best": ("best", "", ""),
+    "cifar10-fast": ("fast", "", ""),
+    "cifar10-faster": ("faster", "", ""),
+    "cifar10-assignment": ("assignment", "", " in version 2.1"),
+    "cifar10-layer": ("assignment", " --norm layer", " in version 2.1"),
 }
 
 
@@ -36,32 +37,34 @@ def markdown(header: list[str], rows, right: int = 0) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def petaflops(recipe) -> float:
-    """PFLOP of a training on CIFAR-10: the convolutions and the FC layer, forward and backward, on whole batches."""
-    epoch = 50_000 // recipe.batch_size * recipe.batch_size * read_json("speed.json")["flops_per_image"] / 1e15
-    return epoch * recipe.epochs * recipe.work_left(0) * (recipe.side(0) / 32) ** 2
+def runs_of(folder: str) -> list[dict]:
+    """The metrics of a committed run, and of the same recipe with other seeds."""
+    name, options, version = RUNS[folder]
+    seeds = [] if options or version else sorted((RESULTS / "seeds").glob(f"{name}-*/metrics.json"))
+    return [read_json(f"{folder}/metrics.json"), *(json.loads(file.read_text()) for file in seeds)]
+
+
+def petaflops(metrics: dict) -> float:
+    """PFLOP of a training; older runs counted images only."""
+    images = metrics["images_per_second"] * metrics["seconds_training"] if "pflop" not in metrics else 0
+    return metrics["pflop"] if "pflop" in metrics else images * read_json("speed.json")["flops_per_image"] / 1e15
 
 
 def results() -> str:
     """Each committed run on CIFAR-10, and the assignment's notebook."""
     rows = []
-    for folder, (name, options) in RUNS.items():
-        metrics = [read_json(f"{folder}/metrics.json")]
-        if not options:
-            metrics += [
-                json.loads(file.read_text()) for file in sorted((RESULTS / "seeds").glob(f"{name}-*/metrics.json"))
-            ]
+    for folder, (name, options, version) in RUNS.items():
+        metrics = runs_of(folder)
         rows.append([
-            f"[`--recipe {name}{options}`](results/{folder}/README.md)",
+            f"[`--recipe {name}{options}`](results/{folder}/README.md){version}",
             metrics[0]["epochs"],
             *(spread([run[key] for run in metrics]) for key in ("accuracy", "tta_accuracy")),
             len(metrics),
-            f"{petaflops(RECIPES[name]):.2f}",
-            f"{mean(run['seconds'] for run in metrics) / 60:.0f}",
+            f"{mean(map(petaflops, metrics)):.2f}",
         ])  # fmt: skip
     log = read_csv(RESULTS / "notebook/log.csv")["test_accuracy_percent"]
-    rows.append(["[the assignment's notebook](results/notebook/log.csv)", len(log), f"{log[-1]:.2f}%", "", 1, "", ""])
-    return markdown(["run", "epochs", "test accuracy", "with flip TTA", "runs", "PFLOP", "minutes"], rows, right=6)
+    rows.append(["[the assignment's notebook](results/notebook/log.csv)", len(log), f"{log[-1]:.2f}%", "", 1, ""])
+    return markdown(["run", "epochs", "test accuracy", "with TTA", "runs", "PFLOP"], rows, right=5)
 
 
 def spread(values: list[float]) -> str:
@@ -73,11 +76,21 @@ def recipes() -> str:
     """What the recipes differ in."""
     described = {
         "epochs": lambda r: r.epochs,
-        "peak of the learning rate at epoch": lambda r: f"{r.peak_epoch:g}",
+        "batch size": lambda r: r.batch_size,
         "peak learning rate": lambda r: r.lr_max or "found",
-        "learning rate at the end": lambda r: "near zero" if r.annihilate else "that of the start",
-        "training images": lambda r: ", then ".join(f"{side}×{side}" for side, _ in r.sizes),
-        "validation": lambda r: "after each epoch" if r.validate == "each" else "after the last epoch",
+        "at epoch": lambda r: f"{r.peak_epoch:g}",
+        "at the end": lambda r: "near zero" if r.annihilate else "as at the start",
+        "rise and fall": lambda r: {"cos": "cosine", "linear": "straight"}[r.anneal_strategy],
+        "learning rate of convolutions": lambda r: f"{r.muon_lr_scale:g} ×",
+        "learning rate of normalization's biases": lambda r: f"{r.norm_bias_lr_scale:g} ×",
+        "scales of normalization": lambda r: "trained" if r.train_norm_scales else "as initialized",
+        "weight decay of the FC layer": lambda r: f"{r.weight_decay:g}",
+        "label smoothing": lambda r: f"{r.label_smoothing:g}",
+        "shifts up to": lambda r: f"{r.crop_padding} pixels",
+        "Cutout": lambda r: f"{r.cutout}×{r.cutout}" if r.cutout else "none",
+        "training images": lambda r: ", ".join(f"{side}×{side} until {until:.0%}" for side, until in r.sizes),
+        "frozen layers": lambda r: ", ".join(f"{layer} from {begin:.0%}" for layer, begin in r.freeze) or "none",
+        "validation": lambda r: "after each epoch" if r.validate == "each" else "at the end",
     }
     rows = [[title, *map(describe, RECIPES.values())] for title, describe in described.items()]
     return markdown(["", *(f"`{name}`" for name in RECIPES)], rows)

@@ -74,8 +74,9 @@ def decode(item, ranges: ValueRanges, size: int = SIZE) -> tuple[np.ndarray, Any
 def decode_files(files: list[Path], ranges: ValueRanges = MappingProxyType({}), size: int = SIZE) -> list:
     """What `decode` returns for each file, or why it can't be used, on all cores."""
     chunks = list(chunked(files, 100))
-    workers = os.cpu_count() if len(chunks) > 40 else 0  # starting processes takes longer than a few chunks
-    parts = parallel(decode_chunk, chunks, ranges=dict(ranges), size=size, n_workers=workers, progress=True)
+    many = len(chunks) > 40  # starting processes takes longer than a few chunks
+    workers = os.cpu_count() if many else 0
+    parts = parallel(decode_chunk, chunks, ranges=dict(ranges), size=size, n_workers=workers, progress=many)
     return [item for part in parts for item in part]
 
 

@@ -46,7 +46,7 @@ def write_table(file, rows):
 def test_a_flat_folder_is_split_in_proportion_and_always_alike(flat):
     dls = get_dls(flat, batch_size=8)
     assert [len(dl.dataset) for dl in dls.loaders] == [38, 10] and dls.vocab == ["cross", "ring"]
-    assert Counter(dls.valid_ds.items.map(lambda file: file.parent.name)) == {"cross": 5, "ring": 5}
+    assert Counter(file.parent.name for file in dls.valid_ds.items) == {"cross": 5, "ring": 5}
     assert not {*dls.train_ds.items} & {*dls.valid_ds.items}
     again = get_dls(flat, batch_size=8)
     assert again.valid_ds.items == dls.valid_ds.items
@@ -163,7 +163,7 @@ def test_from_the_disk_as_from_memory(tmp_path, monkeypatch):
     assert isinstance(disk.pixels, PixelFile) and disk.hash == memory.hash and len(disk.pixels) == 64
     rows = torch.tensor([5, 3, 5, 60])
     assert torch.equal(disk.pixels[rows], memory.pixels[rows]) and torch.equal(disk.pixels[7], memory.pixels[7])
-    assert disk.stats([*range(48)]) == pytest.approx(memory.stats([*range(48)]))
+    assert disk.stats([*range(48)]) == memory.stats([*range(48)])
     one, other = (get_dls(table, batch_size=8) for table in (disk, memory))
     assert torch.equal(next(iter(one.valid))[0], next(iter(other.valid))[0])
     disk.cache.unlink()

@@ -115,7 +115,7 @@ def test_grad_cam_of_each_image(run, photos, tmp_path):
     ("words", "says"),
     [
         (("nowhere", "x.png"), "nowhere is neither the folder of a finished run nor its model.safetensors"),
-        (("RUN", "x.png", "--topk", 3), "topk is 3; it must be from 1 to the number of classes, 2"),
+        (("RUN", "x.png", "--topk", 0), "topk is 0; it must be at least 1"),
         (("RUN", "empty"), "empty holds no images"),
         (("RUN",), "the following arguments are required: images"),
         (("damaged.safetensors", "x.png"), "is damaged or not a safetensors file"),

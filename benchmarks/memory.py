@@ -1,0 +1,90 @@
+"""Train on more images than a limit of memory holds: `python -m benchmarks.memory --out results/memory.json`
+
+Makes that many JPEG files of two classes, trains a narrow model on all of them for an epoch by train.py, and reports
+the peak resident size of its largest process.
+"""
+
+import io
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from fastcore.basics import num_cpus
+from PIL import Image
+
+from cifar10 import cli
+from cifar10.cli import UserError
+from cifar10.files import write_json
+from cifar10.run import collect_env
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_some(folder: Path, size: int, numbers: range):
+    """JPEG files `<class>/<number>.jpg`: smooth noise, and in the class "dark" half as bright."""
+    for number in numbers:
+        rng = np.random.default_rng(number)
+        pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8) // (1 + number % 2)
+        image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+        file = io.BytesIO()
+        image.save(file, "JPEG")
+        (folder / ("bright", "dark")[number % 2] / f"{number:06}.jpg").write_bytes(file.getvalue())
+
+
+def main(
+    images: int = 200_000,  # to train on
+    size: int = 128,  # their side in pixels
+    width: int = 4,  # of the ResNet
+    out: str = "",  # JSON file for the results
+):
+    "Train on more images than the memory should hold, and measure the peak memory."
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "many"
+        for name in ("bright", "dark"):
+            (folder / name).mkdir(parents=True)
+        print(f"Making {images:,} images …")
+        with ProcessPoolExecutor(num_cpus()) as pool:
+            step = 1000
+            jobs = [
+                pool.submit(make_some, folder, size, range(n, min(n + step, images))) for n in range(0, images, step)
+            ]
+            for job in jobs:
+                job.result()
+        words = [
+            "--data",
+            folder,
+            "--size",
+            size,
+            "--width",
+            width,
+            "--epochs",
+            1,
+            "--peak_epoch",
+            0.5,
+            "--lr_max",
+            0.1,
+        ]
+        command = [sys.executable, ROOT / "train.py", *words, "--runs_dir", temporary, "--name", "run"]
+        begin = time.perf_counter()
+        done = subprocess.run([*map(str, command)], env=os.environ | {"FASTAI_HOME": temporary})
+        if done.returncode:
+            raise UserError("the training failed, see above")
+        results = dict(
+            images=images, size=size, width=width, pixels_gb=3 * images * size**2 / 1e9,
+            peak_gib=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+            seconds=time.perf_counter() - begin,
+            command=f"python -m benchmarks.memory --images {images} --size {size} --width {width}",
+        )  # fmt: skip
+    print(f"{results['pixels_gb']:.1f} GB of pixels, a peak of {results['peak_gib']:.2f} GiB")
+    if out:
+        write_json(Path(out), results | collect_env())
+
+
+if __name__ == "__main__":
+    cli.run(main)
