@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -71,6 +72,16 @@ def explain(classifier: Classifier, file: str | None, layer: str, label: str, op
 def build(classifier: Classifier, folder: Path):
     """The page, as Gradio's Blocks."""
     gr = extra("gradio", "app")
+
+    class Photo(gr.Image):
+        """Gradio's Image, but the file reaches `decode_image` as it is."""
+
+        def preprocess(self, payload):
+            return payload.path if payload else None
+
+        def get_block_name(self):
+            return "image"
+
     names, many = [printable(name) for name in classifier.classes], len(classifier.classes)
     examples = [str(file) for file in sorted((folder / "examples").glob("*.png"))]
     wrong = [(str(file), file.stem.partition("-")[2]) for file in sorted((folder / "misclassified").glob("*.png"))]
@@ -79,7 +90,7 @@ def build(classifier: Classifier, folder: Path):
         gr.Markdown(f"# {printable(classifier.name)}: which of {many} classes?")
         with gr.Row():
             with gr.Column():
-                file = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
+                file = Photo(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
                 topk = gr.Slider(1, many, min(3, many), step=1, label="Classes to show", elem_id="topk")
                 if examples:
                     gr.Examples(examples, file, label="Images that the model has not been trained on")
@@ -94,10 +105,12 @@ def build(classifier: Classifier, folder: Path):
                 opacity = gr.Slider(0, 1, 0.5, label="Opacity", elem_id="opacity")
         if wrong:
             gr.Gallery(wrong, label="Misclassified images", columns=5, buttons=["download", "fullscreen"])
-        for changed in (file, topk):
-            changed.change(lambda *values: classify(classifier, *values), [file, topk], label)
-        for changed in (file, layer, chosen, opacity):
-            changed.change(lambda *values: explain(classifier, *values), [file, layer, chosen, opacity], heat)
+        for function, inputs, output in (
+            (classify, [file, topk], label),
+            (explain, [file, layer, chosen, opacity], heat),
+        ):
+            changes = [part.change for part in inputs]
+            gr.on(changes, partial(function, classifier), inputs, output, api_name=function.__name__)
     return page
 
 

@@ -138,8 +138,9 @@ def test_labelled_images_beside_unlabelled_ones(folder, capsys, labelled, unlabe
 def test_a_third_split_is_told(folder, capsys):
     make_images(folder.parent / "more", classes=("cross", "ring", "bar"), test=3)
     os.rename(folder.parent / "more/test", folder / "valid")
-    assert ImageTable(folder).splits == ["train", "test"]
-    assert "set: valid/ is not used: test/ is" in capsys.readouterr().out
+    os.rename(folder / "test", folder / "val")
+    assert ImageTable(folder).splits == ["train", "valid"]
+    assert "set: val/ is not used: valid/ is" in capsys.readouterr().out
 
 
 def test_only_an_unlabelled_test_split(tmp_path):

@@ -50,7 +50,7 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--epochs 3 --peek_epoch 1", "did you mean --peak-epoch?"),
         ("--bs 16", "there is no option --bs; did you mean --batch-size?"),
         ("--pdb", "there is no option --pdb; did you mean --debug?"),
-        ("--xtra 1", "there is no option --xtra; see --help"),
+        ("--xtra 1", "there is no option --xtra"),
         ("--epochs 0", "epochs is 0; it must be at least 1"),
         ("--epochs -1", "epochs is -1; it must be at least 1"),
         ("--epochs abc", "argument --epochs: invalid value: 'abc'"),
@@ -82,7 +82,7 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--width 300000", "width is 300000; it must be at least 1 and at most 4096"),
         ("--epochs 1000000", "epochs is 1000000; it must be at least 1 and at most 99999"),
         ("--lr_max 1e300", "lr_max is 1e+300; it must be above 0 and at most 1e+30"),
-        ("--recipe fast --lr_min 0.8", "lr_min is 0.8; it must be at most lr_max, 0.2"),
+        ("--recipe fast --lr_min 0.8", "lr_min is 0.8; it must be at most lr_max, 0.5"),
         ("epochs 3", "options begin with --"),
         ("--runs_dir file", "choose another --runs_dir"),
         ("--runs_dir file/below", "choose another --runs_dir"),
@@ -159,7 +159,7 @@ def no_access(images):
     ("spoil", "says"),
     [
         (shutil.rmtree, "there is no "),
-        (lambda images: shutil.rmtree(images) or images.mkdir(), "holds no folder train/<class>/"),
+        (lambda images: shutil.rmtree(images) or images.mkdir(), "holds no folders train/<class>/ or <class>/"),
         (no_test_split, "with class folders beside train/; add one or use --valid holdout"),
         (empty_test_split, "has class folders without images: test/cross, test/ring; add some or remove them"),
         (no_images, "holds no images in train/<class>/"),
@@ -185,7 +185,9 @@ def test_image_folders(tmp_path, spoil, says):
 
 def test_too_few_images_to_hold_some_out(tmp_path):
     images = make_images(tmp_path / "images", train=1)
-    refused("--data", images, *QUICK, "--valid", "holdout", cwd=tmp_path, says="has too few images to hold a tenth")
+    refused(
+        "--data", images, *QUICK, "--valid", "holdout", cwd=tmp_path, says="has too few images to hold 0.1 of them out"
+    )
 
 
 # ---- Archives
@@ -306,7 +308,7 @@ def test_other_files_are_ignored(tmp_path):
         (images / "train/ring" / name).write_text("no image")
     (images / "train/.git").mkdir()
     (images / "train/ring/folder.png").mkdir()
-    assert "48 training images" in works(images, tmp_path)
+    assert "48 training and" in works(images, tmp_path)
 
 
 def test_odd_names(tmp_path):
@@ -434,7 +436,7 @@ def test_images_that_have_moved(run):
 
 
 def test_histories(run):
-    (run / "history.csv").unlink()
+    (run / "history.csv").write_text("")
     finish(run)
     refused("run", cwd=run.parent, script="interpret.py", says="history.csv can't be read as a table of numbers")
     (run / "metrics.json").unlink()

@@ -158,8 +158,8 @@ def test_a_closed_terminal(tmp_path):
 @pytest.mark.slow
 def test_a_pipe_that_closes(tmp_path):
     process = start(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while "training images" not in process.stdout.readline():
-        pass
+    while " training and " not in (line := process.stdout.readline()):
+        assert line
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait() == 141 and "stopped by a closed pipe; resume with: " in said and "Traceback" not in said

@@ -1,0 +1,155 @@
+"""A finished run as a web page: `python app.py RUN`. `--space DIR` writes a folder for a Hugging Face Space instead."""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
+
+# isort: split
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+from cifar10 import cli
+from cifar10.classifier import Classifier
+from cifar10.cli import UserError, extra
+from cifar10.decode import decode_image, printable
+from cifar10.files import write
+from cifar10.interpretation import grad_cam
+from cifar10.plots import GRADCAM_LAYERS
+from cifar10.run import WEIGHTS
+from model import ResNet
+
+HERE = Path(__file__).parent
+SIDE = 320  # pixels of the shown images
+LIKELIEST = "the likeliest class"
+SPACE_README = """---
+title: {title}
+sdk: gradio
+app_file: app.py
+---
+
+A ResNet that was trained on {title}, as a web page. `python app.py` starts it.
+"""
+
+
+def open_image(classifier: Classifier, file: str | None) -> torch.Tensor | None:
+    """uint8 `(3, size, size)`, or none if there is no file. Raises Gradio's error for what is not an image."""
+    if not file:
+        return None
+    try:
+        return torch.from_numpy(decode_image(Path(file), classifier.ranges, classifier.size))
+    except UserError:
+        raise extra("gradio", "app").Error("This file can't be read as an image; choose another one.") from None
+
+
+def classify(classifier: Classifier, file: str | None, topk: int) -> dict[str, float] | None:
+    """Class → probability of the likeliest ones."""
+    pixels = open_image(classifier, file)
+    if pixels is None:
+        return None
+    best = classifier.classify(pixels[None])[0].topk(int(topk))
+    return {printable(classifier.classes[k]): float(p) for p, k in zip(*best, strict=True)}
+
+
+def explain(classifier: Classifier, file: str | None, layer: str, label: str, opacity: float) -> Image.Image | None:
+    """The image with the evidence for a class over it."""
+    pixels = open_image(classifier, file)
+    if pixels is None:
+        return None
+    x, names = classifier.normalize(pixels[None]), [printable(name) for name in classifier.classes]
+    number = names.index(label) if label in names else int(classifier.classify(pixels[None]).argmax())
+    [heat] = grad_cam(classifier.model, x, torch.tensor([number], device=x.device), [getattr(classifier.model, layer)])
+    colors = matplotlib.colormaps["jet"](heat[0].cpu().numpy())[..., :3]
+    mixed = (1 - opacity) * pixels.permute(1, 2, 0).numpy() / 255 + opacity * colors
+    return Image.fromarray(np.uint8(255 * mixed)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+
+
+def build(classifier: Classifier, folder: Path):
+    """The page, as Gradio's Blocks."""
+    gr = extra("gradio", "app")
+from gradio.events import Dependency
+
+    class Photo(gr.Image):
+        """Gradio's Image, but the file reaches `decode_image` as it is."""
+
+        def preprocess(self, payload):
+            return payload.path if payload else None
+
+        def get_block_name(self):
+            return "image"
+
+    names, many = [printable(name) for name in classifier.classes], len(classifier.classes)
+    examples = [str(file) for file in sorted((folder / "examples").glob("*.png"))]
+    wrong = [(str(file), file.stem.partition("-")[2]) for file in sorted((folder / "misclassified").glob("*.png"))]
+    wrong = wrong or [str(file) for file in (folder / "misclassified.png",) if file.is_file()]
+    with gr.Blocks(title=f"{classifier.name} classifier", analytics_enabled=False) as page:
+        gr.Markdown(f"# {printable(classifier.name)}: which of {many} classes?")
+        with gr.Row():
+            with gr.Column():
+                file = Photo(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
+                topk = gr.Slider(1, many, min(3, many), step=1, label="Classes to show", elem_id="topk")
+                if examples:
+                    gr.Examples(examples, file, label="Images that the model has not been trained on")
+            with gr.Column():
+                label = gr.Label(label="Probabilities", elem_id="label")
+                heat = gr.Image(
+                    label="Grad-CAM: where the evidence lies", elem_id="heat", interactive=False,
+                    buttons=["download", "fullscreen"],  # and none that shares it
+                )  # fmt: skip
+                layer = gr.Radio(GRADCAM_LAYERS, value=GRADCAM_LAYERS[-1], label="Layer")
+                chosen = gr.Dropdown([LIKELIEST, *names], value=LIKELIEST, label="Evidence for")
+                opacity = gr.Slider(0, 1, 0.5, label="Opacity", elem_id="opacity")
+        if wrong:
+            gr.Gallery(wrong, label="Misclassified images", columns=5, buttons=["download", "fullscreen"])
+        for function, inputs, output in (
+            (classify, [file, topk], label),
+            (explain, [file, layer, chosen, opacity], heat),
+        ):
+            changes = [part.change for part in inputs]
+            gr.on(changes, partial(function, classifier), inputs, output, api_name=function.__name__)
+    return page
+
+
+def write_space(classifier: Classifier, weights: Path, folder: Path):
+    """A folder that a Hugging Face Space runs: this program, its package, the weights, what to install."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another --space")
+    shutil.copytree(HERE / "cifar10", folder / "cifar10", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("app.py", "model.py"):
+        shutil.copy(HERE / name, folder / name)
+    shutil.copy(weights, folder / WEIGHTS)
+    for name in ("examples", "misclassified"):
+        if (weights.parent / name).is_dir():
+            shutil.copytree(weights.parent / name, folder / name)
+    extras = (HERE / "requirements-extras.txt").read_text().splitlines()
+    needed = [line for line in extras if line.startswith("gradio")]
+    write(folder / "requirements.txt", (HERE / "requirements.txt").read_text() + "\n".join(needed) + "\n")
+    write(folder / "README.md", SPACE_README.format(title=printable(classifier.name)))
+    print(f"{folder} is ready; upload it to a Space, or try it with: cd {folder} && python app.py")
+
+
+def main(
+    run: Annotated[str, {"opt": False, "nargs": "?"}] = "",  # folder of a finished run, or its model.safetensors
+    port: int | None = None,  # to listen on (default: the first free one from 7860)
+    share: bool = False,  # also make a public link through Gradio's servers
+    space: str | None = None,  # folder to write for a Hugging Face Space, instead of serving the page
+):
+    "Serve a finished run as a web page on this computer."
+    path = Path(run) if run else HERE
+    weights = path / WEIGHTS if path.is_dir() else path
+    classifier = Classifier.load(weights if run or weights.is_file() else run, ResNet)
+    if space:
+        return write_space(classifier, weights, Path(space))
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page = build(classifier, weights.parent)
+    address = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
+    page.launch(server_name=address, server_port=port, share=share, allowed_paths=[str(weights.parent.resolve())])
+
+
+if __name__ == "__main__":
+    cli.run(main)
