@@ -72,16 +72,6 @@ def explain(classifier: Classifier, file: str | None, layer: str, label: str, op
 def build(classifier: Classifier, folder: Path):
     """The page, as Gradio's Blocks."""
     gr = extra("gradio", "app")
-
-    class Photo(gr.Image):
-        """Gradio's Image, but the file reaches `decode_image` as it is."""
-
-        def preprocess(self, payload):
-            return payload.path if payload else None
-
-        def get_block_name(self):
-            return "image"
-
     names, many = [printable(name) for name in classifier.classes], len(classifier.classes)
     examples = [str(file) for file in sorted((folder / "examples").glob("*.png"))]
     wrong = [(str(file), file.stem.partition("-")[2]) for file in sorted((folder / "misclassified").glob("*.png"))]
@@ -90,7 +80,8 @@ def build(classifier: Classifier, folder: Path):
         gr.Markdown(f"# {printable(classifier.name)}: which of {many} classes?")
         with gr.Row():
             with gr.Column():
-                file = Photo(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
+                file = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
+                file.preprocess = lambda photo: photo.path if photo else None  # `decode_image` takes the file as it is
                 topk = gr.Slider(1, many, min(3, many), step=1, label="Classes to show", elem_id="topk")
                 if examples:
                     gr.Examples(examples, file, label="Images that the model has not been trained on")

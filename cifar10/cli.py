@@ -40,9 +40,8 @@ def extra(package: str, group: str) -> ModuleType:
     try:
         return import_module(package)
     except ImportError:
-        raise UserError(
-            f"{package} is not installed; pip install -r requirements-extras.txt, or '.[{group}]'"
-        ) from None
+        ways = f"`make extras`, or `pip install '.[{group}]'`"
+        raise UserError(f"{package}, which this needs, is not installed; install it with {ways}") from None
 
 
 class Stopped(KeyboardInterrupt):
