@@ -6,7 +6,6 @@ the peak resident size of its largest process.
 
 import io
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,8 @@ def main(
     out: str = "",  # JSON file for the results
 ):
     "Train on more images than the memory should hold, and measure the peak memory."
+    import resource  # which Windows does not have
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "many"
         for name in ("bright", "dark"):

@@ -60,7 +60,7 @@ def digest(places: Iterable[str], pixels: PixelFile) -> str:
 
 def write_pixels(path: Path, groups: Iterable[list[np.ndarray]], size: int) -> PixelFile:
     """Write groups of images `(3, size, size)`, one after the other, into a temporary file. Raises `WriteError`."""
-    count, temporary = 0, path.with_name(f".{path.name}.{os.getpid()}.part")
+    count, temporary, complete = 0, path.with_name(f".{path.name}.{os.getpid()}.part"), False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -70,8 +70,12 @@ def write_pixels(path: Path, groups: Iterable[list[np.ndarray]], size: int) -> P
                 count += len(group)
             file.flush()
             os.fsync(file.fileno())
+        complete = True
     except OSError as reason:
         raise WriteError(path, reason) from None
+    finally:
+        if not complete:
+            temporary.unlink(missing_ok=True)
     return PixelFile(temporary, count, size)
 
 

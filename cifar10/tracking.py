@@ -20,9 +20,10 @@ def tracker_callbacks(run: Run) -> list[Callback]:
         return [TensorBoardCallback(run.path / "tensorboard", trace_model=False, log_preds=False)]
     if tracker == "wandb":
         wandb = extra("wandb", "trackers")
-        from fastai.callback.wandb import WandbCallback
+        from fastai.callback import wandb as integration
 
+        integration._format_config = lambda config: None  # fails with fastcore 2.2; run.config says more
         name = run.path.name
         wandb.init(project="cifar10", name=name, id=name, resume="allow", dir=run.path, config=run.config)
-        return [WandbCallback(log_preds=False)]
+        return [integration.WandbCallback(log_preds=False)]
     return []

@@ -23,7 +23,8 @@ def correlated(count: int = 64) -> torch.Tensor:
 def test_whitened_patches_have_unit_variance_and_no_correlation():
     images, conv, norm = correlated(), nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64)
     init_whitening(conv, norm, images)
-    filters = conv.weight[:27].double().flatten(1)
+    norm.requires_grad_(False)
+    filters = conv.weight[:27].detach().double().flatten(1)
     patches = F.unfold(images.double(), 3).transpose(1, 2).flatten(0, 1)
     covariance = (patches @ filters.T).T @ (patches @ filters.T) / len(patches)
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-3

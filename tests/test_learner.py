@@ -165,8 +165,8 @@ class Reads(TorchDispatchMode):
 def test_few_steps_fetch_a_number_from_the_device(digits, monkeypatch, recipe):
     counts = []
     monkeypatch.setattr(callbacks, "should_sync", lambda device, step: step % 10 == 0)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("a copy to the host"))
     learn = get_learner(digits, RECIPES[recipe], width=4)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("a copy to the host"))
     with Reads() as reads:
         learn.fit(1, 0.01, cbs=[StopAtNaN(), Steps(lambda: counts.append(reads.count))])
     fetched = [after > before for before, after in itertools.pairwise(counts)]  # from the second step

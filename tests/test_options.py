@@ -62,7 +62,11 @@ def test_what_was_given_replaces_the_recipe(shapes):
         False,
         16,
     )
-    assert recipe.peak_epoch == FAST.peak_epoch / 2 and recipe.lr_max == FAST.lr_max and recipe.sizes == FAST.sizes
+    assert (
+        recipe.peak_epoch == pytest.approx(FAST.peak_epoch * 10 / 8)
+        and recipe.lr_max == FAST.lr_max
+        and recipe.sizes == FAST.sizes
+    )
     with pytest.raises(UserError, match="batch_size is 100, above the 48 training images"):
         Options(batch_size=100).resolve(images)
 

@@ -155,7 +155,7 @@ def test_download(shapes, tmp_path, monkeypatch):
 def test_wrong_sources(tmp_path):
     with pytest.raises(UserError, match="there is no"):
         prepare_data(tmp_path / "missing")
-    with pytest.raises(UserError, match="holds no folder train"):
+    with pytest.raises(UserError, match="holds no folders train"):
         prepare_data(tmp_path)
     (tmp_path / "notes.txt").write_text("no archive")
     with pytest.raises(UserError, match="neither a tar nor a zip"):

@@ -158,7 +158,7 @@ def test_the_fast_recipe_and_how_it_resumes(shapes, tmp_path):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
     assert json.loads((whole / "config.json").read_text())["recipe"]["annihilate"] is True
     batches, history = read_csv(whole / "batches.csv"), read_csv(whole / "history.csv")
-    assert 0.19 < max(batches["lr"]) <= 0.2 and batches["lr"][-1] < 0.002  # where it started
+    assert 0.48 < max(batches["lr"]) <= 0.5 and batches["lr"][-1] < 0.05  # near zero
     assert len([loss for loss in history["valid_loss"] if loss > 0]) == 1
 
 
@@ -240,11 +240,11 @@ def test_a_run_that_another_process_has_finished_meanwhile(shapes, tmp_path, mon
 
 def test_the_lines_of_usage_md(run, shapes, tmp_path):
     """A run is used without its data set: the snippet as written, on an image of a known class."""
-    (lines,) = re.findall(r"```python\n(import torch.*?)```", (ROOT / "docs/usage.md").read_text(), re.DOTALL)
+    (lines,) = re.findall(r"```python\n(from predict.*?)```", (ROOT / "docs/usage.md").read_text(), re.DOTALL)
     folder, _ = run
-    shutil.copytree(folder, tmp_path / "runs/my-run")
+    shutil.copytree(folder, tmp_path / "results/cifar10-best")
     shutil.copy(shapes / "test/ring/0.png", tmp_path / "cat.png")
-    check = "\nassert run.classes == ['cross', 'ring'] and logits.shape == (1, 2); print(logits.tolist())"
+    check = "\nassert classifier.classes == ['cross', 'ring']; print(probabilities.tolist())"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", lines + check], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -255,5 +255,5 @@ def test_the_lines_of_usage_md(run, shapes, tmp_path):
     Run.open(folder).load_weights(learn.model)
     probabilities = learn.predict(shapes / "test/ring/0.png")[2]  # with fastai's own normalization
     torch.testing.assert_close(
-        torch.tensor(json.loads(done.stdout.splitlines()[-1])[0]).softmax(0), probabilities, atol=1e-3, rtol=0
+        torch.tensor(json.loads(done.stdout.splitlines()[-1])[0]), probabilities, atol=5e-3, rtol=0
     )
