@@ -156,10 +156,6 @@ def test_the_table_of_the_ablation(tmp_path):
     assert "| SGD | 80.50% | 78.50% | -2.00 |" in text and "not done" not in text
     assert "5 epochs, peak learning rate 0.3 at the end of epoch 1.5, width 16, mean of 2 seeds" in text
     assert list(json.loads((tmp_path / "ablation.json").read_text())) == ["faster", "assignment"]
-    committed = json.loads((ROOT / "results/ablation.json").read_text())
-    for name, (_, variants) in ablation.VARIANTS.items():
-        assert set(committed[name]["accuracies"]) == set(variants)
-    assert (ROOT / "results/ablation.md").read_text() == ablation.tables(committed)
 
 
 # ---- GPU
