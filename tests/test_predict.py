@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -162,10 +163,11 @@ def test_the_weights_that_come_with_the_clone():
 @pytest.mark.slow
 @pytest.mark.cifar10
 def test_their_accuracy_is_the_one_that_is_stated(cifar10_path, tmp_path):
-    """Half precision and another processor may move it by 0.02 points."""
+    """Another processor or precision may move it by a few hundredths of a point."""
     shutil.copytree(ROOT / "results/cifar10-best", tmp_path / "best")
     done = command("interpret.py", tmp_path / "best", "--data", cifar10_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    stated = json.loads((ROOT / "results/cifar10-best/metrics.json").read_text())["accuracy"]
-    found = float(done.stdout.split("cifar10-best: ")[-1].split(": ")[-1].split("%")[0]) / 100
-    assert found == pytest.approx(stated, abs=2e-4 + 1e-9)
+    stated = json.loads((ROOT / "results/cifar10-best/metrics.json").read_text())["half_precision"]["accuracy"]
+    found = float(re.search(r"best: (.*?)% of 10,000 ", done.stdout)[1]) / 100
+    assert found == pytest.approx(stated, abs=5e-4)
+    assert f"{stated:.2%}" in (ROOT / "docs/usage.md").read_text()
