@@ -73,7 +73,7 @@ def load_state_dict(learn: Learner, tensors: dict[str, Tensor], state: dict[str,
     recorder.step_losses = list(tensors["losses"].to(learn.dls.device))
     recorder.values, recorder.seconds = [L(row) for row in state["values"]], state["seconds"]
     recorder.extra = state["extra"]
-    recorder.train_seconds, recorder.flop = state["train_seconds"], state["flop"]
+    recorder.train_seconds, recorder.flop = state["train_seconds"], state.get("flop", 0.0)
 
 
 class SaveCheckpoint(Callback):

@@ -30,6 +30,9 @@ def test_a_recipe_survives_json(recipe):
     assert Recipe.from_json(values) == recipe
     del values["clip"]  # a field that an older version did not have
     assert Recipe.from_json(values) == recipe
+    for name in ("init", "whiten", "freeze", "anneal_strategy", "norm_bias_lr_scale", "train_norm_scales", "weighted"):
+        older = {key: value for key, value in values.items() if key != name}  # of version 2.1, which had no such trick
+        assert getattr(Recipe.from_json(older), name) == getattr(Recipe(name="plain"), name)
     assert values["freeze"] == [list(pair) for pair in recipe.freeze]
     with pytest.raises(TypeError):
         Recipe.from_json(values | {"unknown": 1})
