@@ -68,13 +68,19 @@ class Classifier:
         """Probabilities `(N, classes)` for uint8 `(N, 3, size, size)`, in batches as large as in training."""
         probabilities = []
         for batch in pixels.split(self.recipe.batch_size):
-            x, total = self.normalize(batch), torch.zeros(len(batch), len(self.classes), device=self.device)
-            for weight, view in views(self.recipe.flip) if tta else [(1.0, lambda x: x)]:
-                with self.autocast():
-                    logits = self.model(view(x))
-                total += weight * logits.float().log_softmax(dim=1)
-            probabilities.append(total.softmax(dim=1).cpu())
+            x = self.normalize(batch)
+            if tta:
+                logits = torch.stack([weight * self.logits(view(x)) for weight, view in views(self.recipe.flip)]).sum(
+                    dim=0
+                )
+            else:
+                logits = self.logits(x)
+            probabilities.append(logits.softmax(dim=1).cpu())
         return torch.cat([torch.empty(0, len(self.classes)), *probabilities])
+
+    def logits(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            return self.model(x).float()
 
     def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -85,7 +91,7 @@ class Classifier:
 
         `tta` averages six views, as `tta_accuracy` does. Raises `UserError` for what is not an image.
         """
-        single = isinstance(images, (str, Path, np.ndarray, Tensor)) or not isinstance(images, Iterable)
+        single = isinstance(images, (str, Path)) or getattr(images, "ndim", 4) < 4 or not isinstance(images, Iterable)
         decoded = [decode_image(image, self.ranges, self.size) for image in ([images] if single else images)]
         return self.classify(torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, self.size, self.size)), tta)
 

@@ -107,7 +107,7 @@ def digits_folder() -> Path:
     folder = fastai_path("data") / "digits"
     if not folder.exists():
         digits = load_digits()
-        small = (Image.fromarray(np.uint8(image * 255 / 16)) for image in digits.images)
+        small = (Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images)
         images = (image.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in small)
         split = np.full(len(digits.target), "train", dtype=object)
         _, test = train_test_split(range(len(split)), test_size=0.2, stratify=digits.target, random_state=0)
