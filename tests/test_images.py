@@ -38,7 +38,7 @@ def test_images_are_decoded_once(folder, monkeypatch):
     first = ImageTable(folder)
     assert len(first.pixels) == 64
     assert first.cache.parent.parent == fastai_path("data")
-    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(images, "decode_files", lambda *_: pytest.fail("decoded again"))
     again = ImageTable(folder)
     assert torch.equal(again.pixels, first.pixels) and again.hash == first.hash
     assert [file.name for file in first.cache.parent.iterdir() if file.suffix == ".part"] == []
