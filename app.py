@@ -130,6 +130,8 @@ def main(
     space: str | None = None,  # folder to write for a Hugging Face Space, instead of serving the page
 ):
     "Serve a finished run as a web page on this computer."
+    if port is not None and not 0 < port < 65536:
+        raise UserError(f"port is {port}; it must be from 1 to 65535")
     path = Path(run) if run else HERE
     weights = path / WEIGHTS if path.is_dir() else path
     classifier = Classifier.load(weights if run or weights.is_file() else run, ResNet)
@@ -138,7 +140,12 @@ def main(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = build(classifier, weights.parent)
     address = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
-    page.launch(server_name=address, server_port=port, share=share, allowed_paths=[str(weights.parent.resolve())])
+    folders = [str(weights.parent.resolve())]
+    _, url, shared = page.launch(
+        server_name=address, server_port=port, share=share, allowed_paths=folders, quiet=True, prevent_thread_lock=True
+    )
+    print(f"The page is at {shared or url}; stop it with Ctrl-C", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plots and report of a finished run, again or on other labelled images: `python interpret.py RUN [--data photos/]`."""
+"""Plots and report of a finished run, again or on other labeled images: `python interpret.py RUN [--data photos/]`."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from model import ResNet
 
 def main(
     run: str,  # folder of a finished run
-    data: str | None = None,  # other labelled images, or where the run's own are now (default: where they were)
-    split: str | None = None,  # which of the other images: train, valid, test or all (default: the last one there is)
-    out: str | None = None,  # folder for the report on other images (default: one in the run's folder)
+    data: str | None = None,  # other labeled images, or where the run's own are now (default: where they were)
+    split: str | None = None,  # which of these images: train, valid, test or all (default: the last one there is)
+    out: str | None = None,  # folder for the report on other images or splits (default: one in the run's folder)
     tta: bool = False,  # also measure the accuracy with test-time augmentation
 ):
     "Write the plots and the report of a finished run, on its own images or on others."
@@ -35,10 +35,10 @@ def main(
     place = dict(skip_broken=options.skip_broken, size=finished.size, valid_pct=options.valid_pct)
     images = ImageTable.open(data or options.data, **place)
     settings = dict(bs=recipe.batch_size, valid=options.valid, stats=(finished.mean, finished.std))
-    own = images.hash == finished.sha256 and not split
-    if own:
+    own = images.hash == finished.sha256 and not split and not out
+    if own or not (data or split or out):  # whose data must be its own, see below
         folder, about = finished.path, f"{images.name} images"
-    elif data:
+    else:
         if images.ranges and images.ranges != finished.ranges:
             images = ImageTable.open(data, **place, ranges=finished.ranges)  # as the model knows them
         split = split or ("all" if images.flat else images.splits[-1])
@@ -48,7 +48,7 @@ def main(
     dls = get_dls(images, **settings)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
     learn = get_learner(dls, model, recipe, "fp32" if options.precision == "fp32" else "auto")
-    if not data:
+    if folder == finished.path:
         finished.check_data(learn)
     interp, metrics = write_report(learn, folder, about)
     print(f"{run}: {metrics['accuracy']:.2%} of {metrics['images']:,} {about} correct; see {folder / 'report.html'}")

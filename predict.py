@@ -60,6 +60,10 @@ def main(
         raise UserError(f"topk is {topk}; it must be at least 1")
     topk = min(topk, len(classifier.classes))
     files = find_files([images] if isinstance(images, str) else images)
+    if not files:
+        raise UserError("no images were named; give files, folders, or a list on the standard input")
+    if gradcam and Path(gradcam).is_file():
+        raise UserError(f"{gradcam} is a file; give a folder for the plots")
     rows, probabilities, failed = [], {}, 0
     for some in chunked(files, AT_ONCE):
         preds, good, broken = classifier.predict_files(some, tta)
@@ -68,7 +72,7 @@ def main(
         failed += len(broken)
         for i, row in zip(good, preds, strict=True):
             best = row.topk(topk)
-            cells = [cell for p, k in zip(*best, strict=True) for cell in (classifier.classes[k], f"{p:.1%}")]
+            cells = [cell for p, k in zip(*best, strict=True) for cell in (classifier.classes[k], float(p))]
             rows.append([printable(some[i]), *cells])
             if json:
                 probabilities[printable(some[i])] = dict(zip(classifier.classes, row.tolist(), strict=True))
@@ -81,6 +85,8 @@ def main(
     if csv:
         write(Path(csv), table.to_csv(index=False, lineterminator="\n"))
     if rows and not (json or csv):
+        for name in columns[2::2]:
+            table[name] = table[name].map("{:.1%}".format)
         print(table.to_string(index=False, justify="left", formatters=left_aligned(table)))
     if failed:
         cli.fail(f"{failed:,} of {len(files):,} images can't be used", 1)

@@ -58,7 +58,7 @@ def table(groups: list[list[dict]]) -> str:
         cells = [
             ", ".join(run["name"] for run in runs), len(runs), metrics[0]["epochs"],
             spread([m["accuracy"] for m in metrics]), spread(tta) if tta else "",
-            f"{mean(pflop):.2f}" if pflop else "", f"{mean(m['seconds'] for m in metrics) / 60:.1f}",
+            f"{mean(pflop):.3g}" if pflop else "", f"{mean(m['seconds'] for m in metrics) / 60:.1f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -89,7 +89,7 @@ def plot(drawn: list[tuple[str, list[float], list[float], list[float]]]):
             ax.plot(epochs, valid, "o-", color=color, markersize=4, label=f"{name}: {valid[-1]:.2f}%")
             ax.plot(epochs, train, "--", color=color, alpha=0.5)
     top = max(valid[-1] for _, _, valid, _ in drawn)
-    close_up.set_ylim(top - ZOOM, top + ZOOM)
+    close_up.set_ylim(top - ZOOM, min(top + ZOOM, 100.5))
     starts = [next((e for e, v in zip(epochs, valid) if v > top - ZOOM), epochs[-1]) for _, epochs, valid, _ in drawn]
     close_up.set_xlim(left=min(starts) - 1)
     whole.set_title("Accuracy after each epoch: valid, and train (dashed)")
@@ -105,10 +105,12 @@ def main(
     out: str = "compare.png",  # PNG file for the curves
 ):
     "Compare finished runs: a table with mean and standard deviation over seeds, and the curves in one plot."
-    groups = grouped([load(folder) for folder in ([runs] if isinstance(runs, str) else runs)])
+    folders = dict.fromkeys(str(Path(folder)) for folder in ([runs] if isinstance(runs, str) else runs))
+    groups = grouped([load(folder) for folder in folders])
     print(table(groups))
     plot(curves(groups))
     save_figure(Path(out))
+    print(f"The curves are in {out}")
 
 
 if __name__ == "__main__":

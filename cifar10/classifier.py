@@ -54,6 +54,8 @@ class Classifier:
         except CorruptFileError as damage:
             raise UserError(f"{damage}; copy it again, or train again") from None
         except OSError:
+            if (Path(run) / "config.json").is_file():
+                raise UserError(f"{run} holds no {WEIGHTS}; finish the run, or copy its weights there") from None
             raise UserError(f"{run} is neither the folder of a finished run nor its {WEIGHTS}") from None
         except (LookupError, RuntimeError, TypeError, AttributeError) as reason:
             raise UserError(f"{path} does not hold a model of this program ({str(reason)[:200]})") from None

@@ -142,7 +142,8 @@ def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", s
     splits = [images.rows_of(only)] * 2 if only else images.split_rows(valid)
     classes = classes or images.classes
     if unknown := {*images.classes} - {*classes}:
-        raise UserError(f"{images.name} has classes that the model does not know: {enumerate_names(sorted(unknown))}")
+        names, known = enumerate_names(sorted(unknown)), enumerate_names(classes)
+        raise UserError(f"{images.name} has classes that the model does not know: {names}; it knows {known}")
     rows = np.sort(np.concatenate(splits))
     labels = dict(zip(images.files, images.labels)) if images.folder.is_file() else {}
     block = DataBlock(

@@ -23,8 +23,12 @@ class WriteError(UserError):
     """A file could not be written: the disk is full, or a permission is missing."""
 
     def __init__(self, path: Path, reason: OSError):
-        full = reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some disk space" if full else "check the permissions"
+        remedies = {
+            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some disk space"),
+            **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "make its folder first, or choose another"),
+            errno.EISDIR: "give the name of a file, not of a folder",
+        }
+        remedy = remedies.get(reason.errno or 0, "check the permissions")
         super().__init__(f"{path} can't be written ({reason.strerror or reason}); {remedy}")
 
 

@@ -42,7 +42,7 @@ class ImageTable:
     def __init__(self, folder: Path, data: str = "", defaults: Mapping[str, Any] = MappingProxyType({}),
                  skip_broken: bool = False, size: int = SIZE, valid_pct: float | None = None,
                  ranges: ValueRanges | None = None):  # fmt: skip
-        self.folder, self.name = folder, printable(folder.stem if folder.is_file() else folder.name)
+        self.folder, self.name = folder, printable(folder.parent.name if folder.is_file() else folder.name)
         self.data, self.defaults, self.size, self.valid_pct = data or str(folder), dict(defaults), size, valid_pct
         listing = list_table(folder) if folder.is_file() else list_folder(folder)
         self.copies: dict[torch.device, Tensor] = {}
@@ -103,6 +103,9 @@ class ImageTable:
         if valid == "holdout" or self.flat:
             part = self.valid_pct or (0.2 if self.flat else HOLDOUT)
             labels = [self.labels[row] for row in train]
+            if single := [label for label, count in Counter(labels).items() if count == 1]:
+                names = enumerate_names(single)
+                raise UserError(f"{self.folder} has a single training image of {names}; add another, or remove it")
             try:
                 train, held_out = train_test_split(train, test_size=part, random_state=HOLDOUT_SEED, stratify=labels)
             except ValueError as reason:

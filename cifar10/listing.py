@@ -129,7 +129,7 @@ def list_table(table: Path) -> Listing:
 
 
 def kinds(ignored: Counter) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in ignored.most_common())
+    return ", ".join(f"{count} {kind}" for kind, count in ignored.most_common() if count)
 
 
 def list_classes(split: Path, ignored: Counter) -> dict[str, list[Path]]:

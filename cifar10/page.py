@@ -99,7 +99,7 @@ def facts(run: Run) -> list[list[str]]:
         ["training", f"{recipe.epochs} epochs by the recipe {recipe.name}, {metrics['pflop']:.3g} PFLOP"],
         ["learning rate", f"{config['lr_min']:.2g} → {config['lr_max']:.2g} at epoch {recipe.peak_epoch:g}"],
         ["duration", f"{metrics['seconds']:,.0f} seconds, {metrics['images_per_second']:,.0f} images per second"],
-        ["hardware", hardware["gpu"] or f"{hardware['threads']} threads on a CPU with {hardware['cpu']}"],
+        ["hardware", hardware["gpu"] or f"a CPU with {hardware['cpu']}, threads: {hardware['threads']}"],
         ["precision", run.options.precision],
         ["versions", ", ".join(versions)],
         ["commit", str(config["commit"])],

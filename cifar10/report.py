@@ -1,4 +1,4 @@
-"""The report of a model on labelled images: report.md, report.html and plots. run.py saves everything else."""
+"""The report of a model on labeled images: report.md, report.html and plots. run.py saves everything else."""
 
 import shutil
 from itertools import zip_longest
@@ -127,7 +127,8 @@ def write_report(learn: Learner, folder: Path, images: str = "images") -> tuple[
     temperature = None
     if len(learn.dls.loaders) > 2:
         preds, targs = learn.get_preds(dl=learn.dls.valid)
-        temperature = fit_temperature(preds, targs)
+        if (preds.argmax(dim=1) != targs).any():  # or the best temperature would be zero
+            temperature = fit_temperature(preds, targs)
     if missing := fonts_for("".join(interp.names))[1]:
         print(
             f"No font here has {''.join(sorted(missing)[:20])}: plots show these classes by their number in report.md"

@@ -47,7 +47,7 @@ def prepare_data(data: str | Path) -> Source:
     image folder, of an archive of one (.tgz, .tar.gz, .zip), of a CSV file, or of torchvision's `cifar-10-batches-py`.
     Raises `UserError` for a path that is none of these, and for `"cifar10"` if it is neither cached nor reachable.
     """
-    if data in ("cifar10", "digits") and Path(data).exists():
+    if data in ("cifar10", "digits") and Path(data).exists() and not Path(data, "__init__.py").exists():
         print(f"{data} is the data set of this name; for the {data} in this folder, pass ./{data}")
     if data in ("auto", "cifar10"):
         try:
@@ -76,7 +76,9 @@ def prepare_data(data: str | Path) -> Source:
             if len(list_folders(flat)) > 1:  # a folder for each class
                 return Source(flat, str(path))
     except FileNotFoundError:
-        raise UserError(f"there is no {data}; --data takes auto, cifar10, digits, or a folder or archive") from None
+        raise UserError(
+            f"there is no {data}; --data takes auto, cifar10, digits, or a folder, archive or CSV file"
+        ) from None
     except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
         raise UserError(f"{data} can't be read ({reason})") from None
     raise UserError(f"{path} holds no folders train/<class>/ or <class>/ with images; the README shows the layouts")

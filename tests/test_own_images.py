@@ -75,7 +75,8 @@ def test_splits_without_train_are_not_taken_for_classes(flat, name):
 
 
 def test_three_splits(three, tmp_path):
-    """Valid while training, test once at the end; the temperature is fitted on valid."""
+    """Valid while training, test once at the end; the temperature is fitted on valid, where something is wrong."""
+    (three / "valid/cross/0.png").rename(three / "valid/ring/wrong.png")
     dls = get_dls(three, batch_size=8)
     assert [len(dl.dataset) for dl in dls.loaders] == [48, 16, 16]
     assert {file.parent.parent.name for file in dls.valid_ds.items} == {"valid"}
@@ -99,7 +100,7 @@ def test_a_table(flat, tmp_path):
     write_table(tmp_path / "labels.csv", [("image", "label"), *((file, f"a {file.parent.name}") for file in files)])
     dls = get_dls(tmp_path / "labels.csv", batch_size=8)
     assert dls.vocab == ["a cross", "a ring"] and [len(dl.dataset) for dl in dls.loaders] == [38, 10]
-    assert describe(dls).startswith("labels: 2 classes")
+    assert describe(dls).startswith(f"{tmp_path.name}: 2 classes")
     for dl in dls.loaders:  # each image has the label of its row
         assert [dls.vocab[y] for y in dl.targets[0]] == [f"a {file.parent.name}" for file in dl.dataset.items]
     image, label = dls.valid_ds[0]
