@@ -186,7 +186,13 @@ def test_image_folders(tmp_path, spoil, says):
 def test_too_few_images_to_hold_some_out(tmp_path):
     images = make_images(tmp_path / "images", train=1)
     refused(
-        "--data", images, *QUICK, "--valid", "holdout", cwd=tmp_path, says="has a single training image of cross, ring; add another"
+        "--data",
+        images,
+        *QUICK,
+        "--valid",
+        "holdout",
+        cwd=tmp_path,
+        says="has a single training image of cross, ring; add another",
     )
 
 
