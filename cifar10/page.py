@@ -51,7 +51,7 @@ figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  overflow-wrap: break-word; } th, td:first-child { white-space: nowrap; }
+  overflow-wrap: break-word; } th { white-space: nowrap; } td:first-child { min-width: 4.5rem; }
 code { font-size: .9em; }
 """
 PLOTS = {
