@@ -101,7 +101,9 @@ def build(classifier: Classifier, folder: Path):
             (explain, [file, layer, chosen, opacity], heat),
         ):
             changes = [part.change for part in inputs]
-            gr.on(changes, partial(function, classifier), inputs, output, api_name=function.__name__)
+            # One at a time: the hooks of Grad-CAM would see the activations of another request.
+            one = dict(concurrency_id="model", concurrency_limit=1)
+            gr.on(changes, partial(function, classifier), inputs, output, api_name=function.__name__, **one)
     return page
 
 

@@ -26,7 +26,9 @@ AT_ONCE = 10_000  # images in memory
 class Classifier(classifier.Classifier):
     """`Classifier.load("runs/my-run").predict(["cat.jpg"])` → probabilities `(1, classes)`."""
 
-    model_class = ResNet
+    @classmethod
+    def load(cls, run, model_class=ResNet, device="auto"):
+        return super().load(run, model_class, device)
 
 
 def find_files(images: list[str]) -> list[Path]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,26 +52,10 @@ def main(
             (folder / name).mkdir(parents=True)
         print(f"Making {images:,} images …")
         with ProcessPoolExecutor(num_cpus()) as pool:
-            step = 1000
-            jobs = [
-                pool.submit(make_some, folder, size, range(n, min(n + step, images))) for n in range(0, images, step)
-            ]
-            for job in jobs:
-                job.result()
-        words = [
-            "--data",
-            folder,
-            "--size",
-            size,
-            "--width",
-            width,
-            "--epochs",
-            1,
-            "--peak_epoch",
-            0.5,
-            "--lr_max",
-            0.1,
-        ]
+            some = [range(first, min(first + 1000, images)) for first in range(0, images, 1000)]
+            list(pool.map(partial(make_some, folder, size), some))
+        words = ["--data", folder, "--size", size, "--width", width, "--epochs", 1]
+        words += ["--peak_epoch", 0.5, "--lr_max", 0.1]
         command = [sys.executable, ROOT / "train.py", *words, "--runs_dir", temporary, "--name", "run"]
         begin = time.perf_counter()
         done = subprocess.run([*map(str, command)], env=os.environ | {"FASTAI_HOME": temporary})

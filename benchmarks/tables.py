@@ -6,10 +6,11 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is 
 import json
 import re
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from fastcore.script import anno_parser
 
+from benchmarks.compare import spread
 from cifar10 import cli
 from cifar10.files import read_csv, write
 from cifar10.options import Options
@@ -65,11 +66,6 @@ def results() -> str:
     log = read_csv(RESULTS / "notebook/log.csv")["test_accuracy_percent"]
     rows.append(["[the assignment's notebook](results/notebook/log.csv)", len(log), f"{log[-1]:.2f}%", "", 1, ""])
     return markdown(["run", "epochs", "test accuracy", "with TTA", "runs", "PFLOP"], rows, right=5)
-
-
-def spread(values: list[float]) -> str:
-    """Mean in percent, with the standard deviation if there are several values."""
-    return f"{mean(values):.2%}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def recipes() -> str:

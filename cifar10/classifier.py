@@ -26,8 +26,6 @@ class Classifier:
     images become inputs, as in training. `device` and `precision` are as in training, "auto" for the fastest here.
     """
 
-    model_class: Any = None  # which builds the model from its saved arguments
-
     def __init__(self, model: nn.Module, data: dict[str, Any], recipe: Recipe, device="auto", precision="auto"):
         self.device = get_device(device)
         self.precision = resolve_precision(precision, self.device)
@@ -37,9 +35,10 @@ class Classifier:
         self.mean, self.std = (torch.tensor(data[key]).to(self.device)[:, None, None] for key in ("mean", "std"))
 
     @classmethod
-    def load(cls, run: str | Path, model_class=None, device="auto") -> "Classifier":
+    def load(cls, run: str | Path, model_class, device="auto") -> "Classifier":
         """The classifier in the folder of a run, or in its weights file alone. Nothing is unpickled.
 
+        `model_class` builds the model from its saved arguments.
         Raises `UserError` if there are no weights, or if they are damaged or of another format.
         """
         path = Path(run) / WEIGHTS if Path(run).is_dir() else Path(run)
@@ -47,7 +46,7 @@ class Classifier:
             tensors, about = load_tensors(path)
             if about.get("format") != FORMAT:
                 raise UserError(f"{path} has format {about.get('format')}, not {FORMAT}; train again")
-            model = (model_class or cls.model_class)(**about["model"])
+            model = model_class(**about["model"])
             model.load_state_dict(tensors)
             recipe = Recipe.from_json(about["recipe"])
             return cls(model, about["data"], recipe, device, "fp32" if about.get("precision") == "fp32" else "auto")
@@ -72,9 +71,8 @@ class Classifier:
         for batch in pixels.split(self.recipe.batch_size):
             x = self.normalize(batch)
             if tta:
-                logits = torch.stack([weight * self.logits(view(x)) for weight, view in views(self.recipe.flip)]).sum(
-                    dim=0
-                )
+                weighted = [weight * self.logits(view(x)) for weight, view in views(self.recipe.flip)]
+                logits = torch.stack(weighted).sum(dim=0)
             else:
                 logits = self.logits(x)
             probabilities.append(logits.softmax(dim=1).cpu())

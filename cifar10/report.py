@@ -1,6 +1,5 @@
 """The report of a model on labeled images: report.md, report.html and plots. run.py saves everything else."""
 
-import shutil
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -110,8 +109,9 @@ def save_images(interp: Interpretation, folder: Path):
         row: f"{interp.names[interp.targs[row]]}, predicted {interp.names[interp.decoded[row]]}" for row in wrong
     }
     for name, chosen in (("examples", titles), ("misclassified", titles_of_wrong)):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
+        for old in (folder / name).glob("[0-9][0-9]-*.png"):  # of an earlier report; other files are not ours
+            old.unlink()
         for number, (row, title) in enumerate(chosen.items()):
             pixels = interp.images(torch.tensor([row]))[1][0].cpu()
             to_pil_image(pixels).save(folder / name / f"{number:02}-{title.replace('/', '_')[:60]}.png")

@@ -9,6 +9,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from browser import chromium, requests
 from commandline import ROOT, command
@@ -84,13 +85,21 @@ def test_upload_a_photo_and_see_the_evidence(run):
 def test_many_at_once(run):
     from gradio_client import Client, handle_file
 
+    calls = {"/classify": (3,), "/explain": ("layer2", "ring", 0.5)}
     with serving(ROOT / "app.py", run, cwd=run) as address:
         client = Client(address, verbose=False)
         file = handle_file(str(run.parents[1] / "photo.jpg"))
-        with ThreadPoolExecutor(20) as pool:
-            answers = list(pool.map(lambda _: client.predict(file, 3, api_name="/classify"), range(20)))
-    assert len(answers) == 20 and all(answer == answers[0] for answer in answers)
-    assert {entry["label"] for entry in answers[0]["confidences"]} == {"cross", "ring", "bar"}
+        with ThreadPoolExecutor(20) as pool:  # both kinds at once, of which one hooks into the model
+            jobs = [(name, pool.submit(client.predict, file, *calls[name], api_name=name)) for name in [*calls] * 10]
+            answers = {name: [job.result() for kind, job in jobs if kind == name] for name in calls}
+    assert len(answers["/classify"]) == 10 and all(answer == answers["/classify"][0] for answer in answers["/classify"])
+    assert {entry["label"] for entry in answers["/classify"][0]["confidences"]} == {"cross", "ring", "bar"}
+    classifier = app.Classifier.load(run, app.ResNet)
+    expected = app.explain(classifier, str(run.parents[1] / "photo.jpg"), "layer2", "ring", 0.5)
+    for answer in answers["/explain"]:
+        path = answer if isinstance(answer, str) else answer["path"]
+        difference = np.asarray(Image.open(path).convert("RGB")).astype(int) - np.asarray(expected)
+        assert abs(difference).mean() < 8  # Gradio compresses the picture
 
 
 @pytest.mark.slow
@@ -125,5 +134,7 @@ def test_without_gradio(run, monkeypatch, tmp_path):
         app.UserError, match=r"gradio, which this needs, is not installed; install it with `make extras`"
     ):
         app.build(app.Classifier.load(run, app.ResNet), run)
+    done = command("app.py", run, "--port", 99999, cwd=tmp_path)
+    assert done.returncode == 2 and "port is 99999; it must be from 1 to 65535" in done.stderr
     done = command("app.py", cwd=tmp_path)
     assert done.returncode == 2 and "is neither the folder of a finished run nor" in done.stderr

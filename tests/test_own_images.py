@@ -9,11 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from commandline import command
+from commandline import ROOT, command
 from conftest import make_images
 from PIL import Image
 
-from cifar10 import pixels
+from cifar10 import pixels, sources
 from cifar10.cli import UserError
 from cifar10.data import describe
 from cifar10.images import ImageTable
@@ -65,6 +65,21 @@ def test_copies_that_may_be_on_both_sides_are_named(flat, capsys):
     (flat / "cross/copy.png").write_bytes((flat / "cross/0.png").read_bytes())
     ImageTable(flat)
     assert "2 of 49 images are identical to others, and may be on both sides of the split" in capsys.readouterr().out
+
+
+def test_a_class_with_one_image_can_not_be_split(flat):
+    for file in sorted((flat / "ring").iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(UserError, match="has a single training image of ring; add another, or remove it"):
+        get_dls(flat, batch_size=8)
+
+
+def test_the_package_is_not_taken_for_a_data_set(monkeypatch, capsys):
+    """In the repository's folder, cifar10/ is not what --data cifar10 could mean."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sources, "cifar10_folder", lambda: ROOT)
+    sources.prepare_data("cifar10")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["test", "Training", "VALID"])

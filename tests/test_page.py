@@ -64,8 +64,16 @@ def test_interpret_renews_it_and_writes_one_for_other_images(report, tmp_path):
     assert (tmp_path / "run/other-test/report.html").read_text().count("<img") == 4  # without the training
     done = command("interpret.py", tmp_path / "run", "--data", other, "--split", "all", "--out", "there", cwd=tmp_path)
     assert done.returncode == 0 and "of 16 other images (all) correct" in done.stdout
+    (tmp_path / "mine/examples").mkdir(parents=True)
+    (tmp_path / "mine/examples/holiday.png").write_text("of the user")
+    done = command(
+        "interpret.py", tmp_path / "run", "--split", "train", "--out", "mine", cwd=tmp_path
+    )  # its own images
+    assert done.returncode == 0 and "of 72 images images (train) correct" in done.stdout, done.stderr
+    assert (tmp_path / "mine/examples/holiday.png").read_text() == "of the user"
+    assert (tmp_path / "run/report.html").read_text() == own
     done = command("interpret.py", tmp_path / "run", "--data", other, "--split", "valid", cwd=tmp_path)
     assert done.returncode == 2 and "has no valid split; it has train, test; or use all" in done.stderr
     unknown = make_images(tmp_path / "unknown", train=5, test=3, classes=("ring", "star"))
     done = command("interpret.py", tmp_path / "run", "--data", unknown, cwd=tmp_path)
-    assert done.returncode == 2 and "has classes that the model does not know: star" in done.stderr
+    assert done.returncode == 2 and "has classes that the model does not know: star; it knows" in done.stderr

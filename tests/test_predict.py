@@ -91,6 +91,16 @@ def test_a_list_from_the_standard_input(run, photos):
     words = [sys.executable, ROOT / "predict.py", run, "-"]
     done = subprocess.run(words, input=names, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 9, done.stderr
+    done = subprocess.run(words, input="", capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2 and "no images were named" in done.stderr
+
+
+@pytest.mark.parametrize(("target", "says"), [("no/t", "make its folder first"), ("folder", "give the name of a file")])
+@pytest.mark.parametrize("option", ["--csv", "--json"])
+def test_a_table_that_can_not_be_written(run, photos, tmp_path, option, target, says):
+    (tmp_path / "folder").mkdir()
+    done = command("predict.py", run, photos / "test/ring/0.png", option, target, cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_broken_file_is_named_and_the_rest_is_done(run, photos, tmp_path):
@@ -119,11 +129,15 @@ def test_grad_cam_of_each_image(run, photos, tmp_path):
         (("RUN", "x.png", "--topk", 0), "topk is 0; it must be at least 1"),
         (("RUN", "empty"), "empty holds no images"),
         (("RUN",), "the following arguments are required: images"),
+        (("RUN", "x.png", "--gradcam", "damaged.safetensors"), "damaged.safetensors is a file; give a folder"),
+        (("unfinished", "x.png"), "unfinished holds no model.safetensors; finish the run, or copy its weights there"),
         (("damaged.safetensors", "x.png"), "is damaged or not a safetensors file"),
     ],
 )
 def test_mistakes(run, tmp_path, words, says):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/config.json").write_text("{}")
     (tmp_path / "damaged.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:1000])
     done = command("predict.py", *(run if word == "RUN" else word for word in words), cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
@@ -171,3 +185,4 @@ def test_their_accuracy_is_the_one_that_is_stated(cifar10_path, tmp_path):
     found = float(re.search(r"best: (.*?)% of 10,000 ", done.stdout)[1]) / 100
     assert found == pytest.approx(stated, abs=5e-4)
     assert f"{stated:.2%}" in (ROOT / "docs/usage.md").read_text()
+    assert "accuracy of the assignment's notebook" in (tmp_path / "best/report.html").read_text()
