@@ -78,11 +78,17 @@ def test_a_summary(interp):
 
 
 def test_planted_label_errors_are_found(interp):
+    """Of images of which the model is sure, five get a wrong label; it is less sure of its own mistakes."""
+    torch.manual_seed(0)
     other = copy.copy(interp)
-    correct = (interp.decoded == interp.targs).nonzero().flatten()
-    surest = correct[interp.preds[correct].amax(1).argsort(descending=True)][:5]
-    other.targs = interp.targs.clone()
-    other.targs[surest] = (other.targs[surest] + 1) % 10
+    other.decoded = torch.randint(10, (200,))
+    sure = torch.full((200,), 0.9)
+    wrong, planted = torch.arange(20), torch.arange(50, 55)
+    sure[wrong] = torch.linspace(0.3, 0.8, 20)
+    other.preds = ((1 - sure) / 9)[:, None].repeat(1, 10).scatter(1, other.decoded[:, None], sure[:, None])
+    other.targs = other.decoded.clone()
+    other.targs[torch.cat([wrong, planted])] = (other.decoded[torch.cat([wrong, planted])] + 1) % 10
     found = contradicted(other, 5)
-    assert {*found.tolist()} == {*surest.tolist()}
-    assert (interp.decoded[found] != other.targs[found]).all()
+    assert {*found.tolist()} == {*planted.tolist()}
+    assert (other.decoded[found] != other.targs[found]).all()
+    assert contradicted(other, 100).tolist()[5:] == wrong.flip(0).tolist()  # then its mistakes, the surest first
