@@ -1,5 +1,6 @@
 """A trained model as a classifier: files or images → probabilities, with nothing but the run's weights."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 
 from cifar10.cli import UserError
@@ -17,6 +19,8 @@ from cifar10.interpretation import views
 from cifar10.learner import resolve_precision
 from cifar10.recipes import Recipe
 from cifar10.run import FORMAT, WEIGHTS
+
+MANY = 8  # batches take long enough for a progress bar
 
 
 class Classifier:
@@ -67,8 +71,9 @@ class Classifier:
     @torch.no_grad()
     def classify(self, pixels: Tensor, tta: bool = False) -> Tensor:
         """Probabilities `(N, classes)` for uint8 `(N, 3, size, size)`, in batches as large as in training."""
-        probabilities = []
-        for batch in pixels.split(self.recipe.batch_size):
+        probabilities, batches = [], pixels.split(self.recipe.batch_size)
+        visible = len(batches) > MANY and sys.stdout.isatty()  # the output of predict.py may be a table in a file
+        for batch in progress_bar(batches, leave=False) if visible else batches:
             x = self.normalize(batch)
             if tta:
                 weighted = [weight * self.logits(view(x)) for weight, view in views(self.recipe.flip)]

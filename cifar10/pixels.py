@@ -15,7 +15,7 @@ from torch import Tensor
 from cifar10.files import WriteError, write_json
 
 IN_MEMORY = 2**30  # bytes; larger sets of images stay on the disk
-AT_ONCE = 2**26  # bytes to read or decode in one go
+AT_ONCE = 2**27  # bytes to read or decode in one go
 
 
 class PixelFile:
