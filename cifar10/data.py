@@ -8,9 +8,10 @@ from unicodedata import normalize
 
 import numpy as np
 import torch
-from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, Normalize, TfmdDL, ToTensor
+from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, Normalize, TfmdDL, ToTensor, Transform
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.data import ImageBlock
+from plum import NotFoundLookupError
 from torch import Tensor
 
 from cifar10.cli import UserError
@@ -77,6 +78,7 @@ class TensorDL(TfmdDL):
 
         Raises `UserError` if there are transforms that would be left out.
         """
+        leave_labels(*getattr(self.after_batch, "fs", []))
         steps = [step for when in (self.after_item, self.before_batch) for step in getattr(when, "fs", [when])]
         if other := [step for step in steps if not isinstance(step, ToTensor)]:
             raise UserError(f"{other[0]} is for single images, which don't occur here; use a batch transform instead")
@@ -99,6 +101,23 @@ class TensorDL(TfmdDL):
     def to_detach(self, b, cpu: bool = True, gather: bool = True):
         """Like fastai's, but scalars, the sums of a metric, stay on the device, so that nothing waits for them."""
         return to_detach(b, cpu and not (isinstance(b, Tensor) and b.ndim == 0), gather)
+
+
+def leave_labels(*transforms: Transform):
+    """Give transforms that have no method for labels one that returns them as they are.
+
+    Otherwise plum raises an exception for each batch, whose traceback keeps the batch in memory until Python's garbage
+    collector comes by. That may be a dozen batches later.
+    """
+
+    def encodes(self, x: TensorCategory):
+        return x
+
+    for transform in transforms:
+        try:
+            type(transform).encodes.resolve_method((transform, TensorCategory(0)))
+        except NotFoundLookupError:
+            type(transform)(encodes)  # this is how fastai adds a method to a transform
 
 
 class ClassOf:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 WHITENING_EPS = 5e-4  # added to each variance, in units of a normalized image; below it there is mostly noise
+PIXELS_AT_ONCE = 2**19  # in a channel; there are 27 numbers for each
 
 
 @torch.no_grad()
@@ -28,8 +29,11 @@ def init_whitening(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.GroupNorm, images:
     Source: Page, "How to Train Your ResNet 8: Bag of Tricks", 2019.
     """
     k, out = conv.kernel_size[0], conv.out_channels
-    patches = images.double().unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
-    variances, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())
+    products, count = images.new_zeros(()), 0
+    for some in images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel())):
+        patches = some.double().unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+        products, count = products + patches.T @ patches, count + len(patches)
+    variances, vectors = torch.linalg.eigh((products / count).cpu())
     variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1).T  # rows, the largest variance first
     filters, kept = vectors / (variances + WHITENING_EPS).sqrt()[:, None], variances / (variances + WHITENING_EPS)
     pairs = min(len(filters), out // 2)

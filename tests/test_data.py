@@ -1,5 +1,6 @@
 """Batches hold the right images and labels, and fastai's DataLoaders behave as in fastai."""
 
+import gc
 import itertools
 import sys
 import types
@@ -55,6 +56,23 @@ def test_a_batch_decodes_no_file(shapes, monkeypatch):
     dls = get_dls(shapes, batch_size=8)
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened a file"))
     assert sum(len(x) for x, _ in dls.train) == 48
+
+
+def test_a_batch_is_freed_when_nothing_needs_it_any_more(digits):
+    def alive() -> int:
+        return sum(isinstance(thing, TensorImage) and thing.shape[0] == digits.bs for thing in gc.get_objects())
+
+    next(iter(digits.train))
+    gc.collect()
+    gc.disable()  # nothing may depend on when it runs
+    try:
+        before = alive()
+        for _ in zip(range(5), digits.train):
+            pass
+        del _
+        assert alive() == before
+    finally:
+        gc.enable()
 
 
 def test_items_of_the_data_sets_are_pil_images(shapes):
