@@ -23,6 +23,7 @@ from cifar10.callbacks import StopAtNaN, TimeEstimate, ValidateLast
 from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.data import describe
 from cifar10.decode import SIZE
+from cifar10.distributed import check_same, from_first, is_first, is_restart, local_first, process_group
 from cifar10.files import write, write_csv
 from cifar10.images import ImageTable
 from cifar10.initialize import init_dirac, init_whitening
@@ -86,9 +87,10 @@ def choose_lrs(learn: Learner, recipe: Recipe, folder: Path) -> Recipe:
         return replace(recipe, lr_min=recipe.lr_min or recipe.lr_max / 100)
     print(f"LR finder: {SWEEP['num_it']} steps, learning rate {SWEEP['start_lr']:g} → {SWEEP['end_lr']:g}")
     curve = find_lrs(learn)
-    write_csv(folder / "lr_find.csv", ["lr", "loss"], zip(curve.lrs, curve.losses, strict=True))
-    plot_lr_curve(curve)
-    save_figure(folder / "lr_find.png")
+    if is_first():
+        write_csv(folder / "lr_find.csv", ["lr", "loss"], zip(curve.lrs, curve.losses, strict=True))
+        plot_lr_curve(curve)
+        save_figure(folder / "lr_find.png")
     return replace(recipe, lr_min=recipe.lr_min or curve.lr_min, lr_max=curve.lr_max)
 
 
@@ -96,14 +98,16 @@ def train(learn: Learner, run: Run, started: float):
     """Train in the run's folder, from its last checkpoint if there is one, and report what was learned."""
     recipe, data = run.recipe, run.config["data"]
     print(f"{describe(learn.dls)}; {run.path}")
-    checkpoint, done = last_checkpoint(run), 0
+    checkpoint, done = from_first(last_checkpoint, run), 0
     if checkpoint:
         recipe = replace(recipe, lr_min=run.config["lr_min"], lr_max=run.config["lr_max"])
         done, started = checkpoint[1]["epochs"], started - checkpoint[1]["elapsed"]
         print(f"Resuming after epoch {done} of {recipe.epochs}")
         learn.add_cb(TimeEstimate(recipe, done))
     else:
-        write(run.path / "summary.txt", f"{learn.summary()}\n")
+        summary = learn.summary()  # in all processes: fastai gathers what it finds
+        if is_first():
+            write(run.path / "summary.txt", f"{summary}\n")
         learn.add_cb(TimeEstimate(recipe, sweep=SWEEP["num_it"] if recipe.lr_max is None else 0))
         recipe = choose_lrs(learn, recipe, run.path)
         run.update(lr_min=recipe.lr_min, lr_max=recipe.lr_max)
@@ -111,7 +115,14 @@ def train(learn: Learner, run: Run, started: float):
     epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
     print(f"One cycle: {epochs}, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch {recipe.peak_epoch:g}"
           f" → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
-    fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint), *tracker_callbacks(run)], done)
+    fit(
+        learn,
+        recipe,
+        [StopAtNaN(), SaveCheckpoint(run, started, checkpoint), *(tracker_callbacks(run) if is_first() else [])],
+        done,
+    )
+    if not is_first():
+        return
     run.save_weights(learn.model)
 
     seconds, flop = learn.recorder.train_seconds, learn.recorder.flop  # the report starts the recorder anew
@@ -133,30 +144,42 @@ def train(learn: Learner, run: Run, started: float):
 
 def main(**given):
     """Train or resume; `given` are the options that were typed, by name (see `Options`)."""
-    started, options, run = time.time(), Options(**given), None
+    options = Options(**given)
+    with process_group(options.device, options.timeout):
+        start(options, given)
+
+
+def start(options: Options, given):
+    """`main`, once the processes have joined, if torchrun started several."""
+    started, run = time.time(), None
+    if options.resume is None and options.name and is_restart():
+        path = Path(options.runs_dir, options.name)
+        options = replace(options, resume=str(path) if from_first((path / "config.json").is_file) else None)
     if options.resume is not None:
-        run = Run.open(options.resume, options.runs_dir)
+        run = from_first(Run.open, options.resume, options.runs_dir)
         options = run.check_options(given)
-        if run.is_finished:
+        if from_first(lambda: run.is_finished):
             print(f"{run.path} is finished, there is nothing to resume")
             return
     set_seed(options.seed, reproducible=True)
 
-    images = ImageTable.open(options.data, options.skip_broken, options.size, options.valid_pct)
+    with local_first():
+        images = ImageTable.open(options.data, options.skip_broken, options.size, options.valid_pct)
+    check_same(images.hash, "the data set")
     recipe = run.recipe if run else options.resolve(images)
     dls = get_dls(images, recipe, options.valid, options.device)
     learn = get_learner(dls, recipe, options.norm, options.width, options.precision)
     if run:
         run.check_data(learn)
     else:
-        run = Run.create(options, recipe, learn)
+        run = from_first(Run.create, options, recipe, learn)
     with run.lock():
-        run = Run.open(run.path)  # again, because another process may have trained it in the meantime
-        if not run.is_finished:
+        run = from_first(Run.open, run.path)  # again, because another process may have trained it in the meantime
+        if not from_first(lambda: run.is_finished):
             run.config["options"]["data"] = home_relative(images.data)  # where they are now
             run.update()
             train(learn, run, started)
 
 
 if __name__ == "__main__":
-    cli.run(main, Options)
+    cli.run(main, Options, distributed=True)

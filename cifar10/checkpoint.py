@@ -11,6 +11,7 @@ from fastai.vision.all import Callback, L, Learner, ProgressCallback, get_model
 from torch import Tensor
 
 from cifar10.cli import UserError
+from cifar10.distributed import is_first
 from cifar10.files import CorruptFileError, load_tensors, save_tensors
 from cifar10.run import Run
 
@@ -100,6 +101,8 @@ class SaveCheckpoint(Callback):
 
     def save(self):
         tensors, state = state_dict(self.learn)
+        if not is_first():
+            return
         state |= dict(settings=settings(self.of_run), elapsed=time.time() - self.started)
         folder = self.of_run.path / "checkpoints"
         folder.mkdir(exist_ok=True)
@@ -111,7 +114,9 @@ class SaveCheckpoint(Callback):
 def settings(run: Run) -> dict[str, Any]:
     """What has to be the same in all checkpoints of a run: all but where the images are."""
     same = {name: run.config.get(name) for name in ("format", "recipe", "model", "data", "lr_min", "lr_max")}
-    return same | {"options": {name: value for name, value in run.config["options"].items() if name != "data"}}
+    return same | {
+        "options": {name: value for name, value in run.config["options"].items() if name not in ("data", "timeout")}
+    }
 
 
 def list_checkpoints(run: Run) -> list[Path]:

@@ -13,15 +13,17 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from types import ModuleType
 
 import matplotlib
+import torch.distributed as dist
 from fastcore.basics import IN_NOTEBOOK
 from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
 SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
-STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number
+STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number; others: 1
 
 
 class UserError(ValueError):
@@ -80,10 +82,22 @@ class Parser(ArgumentParser):
         fail(f"{self.prog}: error: {message}", 2)
 
 
+def fails_first() -> bool:
+    """Whether no other process of a training in several has reported a failure before."""
+    rank = os.environ.get("RANK", "0")
+    if not dist.is_available() or not dist.is_initialized():
+        return rank == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().compare_set("failed", "", rank).decode() == rank
+    except RuntimeError:  # the process that held the store has ended
+        return rank == "1"
+
+
 def fail(message: str, status: int):
-    """Print `message` to stderr and end the program with `status`."""
+    """Print `message` to stderr and end the program with `status`. Of several processes, the first to fail prints."""
     with suppress(OSError):  # the terminal may have been closed
-        print(message, file=sys.stderr)
+        if fails_first():
+            print(message, file=sys.stderr)
     try:
         print(end="", flush=True)
     except OSError:  # Python would try again, and complain
@@ -130,8 +144,16 @@ def script_settings() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(main: Callable, schema: Callable | None = None):
-    """Run a script: call `main` with the typed options, which `schema` describes, and exit with its status."""
+def run(main: Callable, schema: Callable | None = None, distributed: bool = False):
+    """Run a script: call `main` with the typed options, which `schema` describes, and exit with its status.
+
+    Under torchrun, only a `distributed` script runs in each process; others run in the first one.
+    """
+    if not distributed and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("RANK", "0") != "0":
+            return
+        print(f"{Path(sys.argv[0]).name} runs in one process only; start it without torchrun", file=sys.stderr)
+        os.environ["WORLD_SIZE"] = "1"
     with script_settings():
         debug = "--debug" in sys.argv
         try:
@@ -142,7 +164,7 @@ def run(main: Callable, schema: Callable | None = None):
             fail("stopped by a closed pipe", STATUS["a closed pipe"])
         except KeyboardInterrupt as stopped:
             by, hint = getattr(stopped, "by", "Ctrl-C"), getattr(stopped, "hint", "")
-            fail(f"\nstopped by {by}{hint}", STATUS[by])
+            fail(f"\nstopped by {by}{hint}", STATUS.get(by, 1))
         except (UserError, OSError) as reason:
             if debug:
                 raise

@@ -25,8 +25,11 @@ class TensorDL(TfmdDL):
     """A fastai DataLoader whose images are one uint8 tensor, so that a batch is one indexing operation.
 
     Images of `table` are taken from there; others (`dls.test_dl(files)`, `learn.predict(image)`) are decoded here, with
-    the same `ranges`.
+    the same `ranges`. `share` is the part of each batch that this process takes, if it is not all; `whole` is the
+    number of images in the whole batch, which all processes augment alike.
     """
+
+    share: slice | None = None
 
     def __init__(self, dataset, table: ImageTable | None = None, ranges: ValueRanges | None = None, size: int = SIZE,
                  weighted: bool = False, num_workers: int = 0, **kwargs):  # fmt: skip
@@ -73,6 +76,13 @@ class TensorDL(TfmdDL):
             draws = torch.randperm(len(idxs), generator=generator)
         return torch.tensor(idxs)[draws].tolist()
 
+    def __iter__(self) -> Iterator[tuple]:
+        for batch in super().__iter__():
+            self.whole = len(batch[0])
+            batch = batch if self.share is None else tuple(part[self.share] for part in batch)
+            if len(batch[0]):  # the last one may be too small for all processes
+                yield batch
+
     def create_batches(self, samps) -> Iterator[tuple]:
         """Batches of the images numbered `samps`. Those of an epoch go to the device at once: a copy synchronizes.
 
@@ -99,8 +109,11 @@ class TensorDL(TfmdDL):
         return images, *(TensorCategory(y[indices]) for y in self.targets)
 
     def to_detach(self, b, cpu: bool = True, gather: bool = True):
-        """Like fastai's, but scalars, the sums of a metric, stay on the device, so that nothing waits for them."""
-        return to_detach(b, cpu and not (isinstance(b, Tensor) and b.ndim == 0), gather)
+        """Like fastai's, but scalars, the sums of a metric, stay on the device, so that nothing waits for them.
+
+        Nothing is gathered from other processes; `Distributed` adds up the metrics.
+        """
+        return to_detach(b, cpu and not (isinstance(b, Tensor) and b.ndim == 0), gather=False)
 
 
 def leave_labels(*transforms: Transform):

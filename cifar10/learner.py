@@ -13,6 +13,7 @@ from torch import nn
 
 from cifar10.callbacks import EpochRecorder, Progress
 from cifar10.cli import UserError
+from cifar10.distributed import Distributed, is_distributed
 from cifar10.optim import LiveOptimWrapper, Muon
 from cifar10.recipes import Recipe
 from cifar10.tricks import CountFlop, FreezeLayers, GradientValueClip, L1Penalty, ProgressiveResize
@@ -102,6 +103,7 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
             *([ProgressiveResize(recipe)] if len(recipe.sizes) > 1 else []),
             *([FreezeLayers(recipe)] if recipe.freeze else []),
             CountFlop(),
+            *([Distributed()] if is_distributed() else []),
             *L(cbs),
         ],
     )

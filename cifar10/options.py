@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cifar10.cli import UserError, YesNo
-from cifar10.recipes import RECIPES, Bounds, Recipe, check_fields, choices
+from cifar10.recipes import POSITIVE, RECIPES, Bounds, Recipe, check_fields, choices
 
 YES_NO = {"action": YesNo}
 
@@ -39,6 +39,7 @@ class Options:
     precision: Annotated[str, choices("auto", "fp32", "bf16", "fp16")] = "auto"  # auto picks the fastest
     device: Annotated[str, choices("auto", "cpu", "cuda", "mps")] = "auto"  # device to train on
     tracker: Annotated[str, choices("none", "tensorboard", "wandb")] = "none"  # also log to an experiment tracker
+    timeout: Annotated[float, POSITIVE] = 120  # seconds until one of several processes that is silent counts as lost
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 42  # random seed; on the same CPU it gives the same weights
     runs_dir: str = "runs"  # folder that holds the runs
     name: str | None = None  # name of the run folder (default: <date>-<time>-<data>-<recipe>)

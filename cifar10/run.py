@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -17,11 +18,12 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from fastai.vision.all import Learner, Normalize, get_model
+from fastai.vision.all import Learner, Normalize, get_model, num_distrib
 from filelock import FileLock, Timeout
 from torch import nn
 
 from cifar10.cli import Stopped, UserError
+from cifar10.distributed import LOST, is_distributed, is_first, is_lost
 from cifar10.files import WriteError, load_tensors, save_tensors, write_csv, write_json
 from cifar10.options import Options
 from cifar10.recipes import Recipe
@@ -105,9 +107,9 @@ class Run:
         typed = {name: value for name, value in vars(self.options).items() if value is not None}
         known = asdict(self.recipe) | typed | {"name": self.path.name}
         for name, value in given.items():
-            if name not in ("data", "resume", "runs_dir") and value != known[name]:
+            if name not in ("data", "resume", "runs_dir", "timeout") and value != known[name]:
                 raise UserError(f"cannot change --{name} on resume: this run was started with {name}={known[name]}")
-        return replace(self.options, data=given.get("data", self.options.data))
+        return replace(self.options, **{name: given[name] for name in ("data", "timeout") if name in given})
 
     def check_data(self, learn: Learner):
         """Raise `UserError` unless the Learner has the images that the run was started with."""
@@ -120,14 +122,17 @@ class Run:
         """Lock the folder, and say how to resume if this process is interrupted. Raises `UserError` if it is locked."""
         lock = FileLock(self.path / ".lock", mode=0o666)
         try:
-            lock.acquire(timeout=0)
+            if is_first():
+                lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{self.path} is locked by another process; wait until it ends, or stop it") from None
         except OSError as reason:
             if reason.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
                 raise
         try:
-            for part in self.path.rglob(".*.part"):  # of a process that was killed while it was writing
+            for part in (
+                self.path.rglob(".*.part") if is_first() else []
+            ):  # of a process that was killed while it was writing
                 part.unlink()
             yield
         except (KeyboardInterrupt, BrokenPipeError) as stopped:
@@ -135,6 +140,10 @@ class Run:
             raise Stopped(getattr(stopped, "by", default), f"; resume with: {self.resume_command()}") from None
         except WriteError as full:
             raise UserError(f"{full}, then resume with: {self.resume_command()}") from None
+        except RuntimeError as reason:
+            if not is_lost(reason):
+                raise
+            raise Stopped(LOST, f"; resume with: {self.resume_command()}") from None
         except OSError as reason:
             raise UserError(f"{reason}; fix this, then resume with: {self.resume_command()}") from reason
         finally:
@@ -142,16 +151,24 @@ class Run:
 
     def resume_command(self, script: str = "") -> str:
         """What to type to resume this run."""
+        if is_distributed() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            return f"the same command on each host, and {shlex.join(['--resume', str(self.path)])}"
+        if is_distributed():
+            count = os.environ.get("LOCAL_WORLD_SIZE", str(num_distrib()))
+            return shlex.join(["torchrun", "--nproc_per_node", count, sys.argv[0], "--resume", str(self.path)])
         python = "python" if shutil.which("python") == sys.executable else sys.executable
         return shlex.join([python, script or sys.argv[0], "--resume", str(self.path)])
 
     def update(self, **values):
         """Add or replace entries of config.json."""
         self.config |= values
-        write_json(self.path / "config.json", self.config)
+        if is_first():
+            write_json(self.path / "config.json", self.config)
 
     def write_history(self, learn: Learner):
         """history.csv, a row per epoch, and batches.csv, a row per step."""
+        if not is_first():
+            return
         recorder, steps = learn.recorder, len(learn.dls.train)
         epochs = enumerate(zip(recorder.values, recorder.extra, recorder.seconds), start=1)
         rows = [
@@ -218,6 +235,7 @@ def collect_env() -> dict[str, Any]:
             "machine": platform.machine(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
+            "processes": max(1, num_distrib()),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "commit": commit or None,

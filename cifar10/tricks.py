@@ -5,6 +5,7 @@ from copy import deepcopy
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.torch_core import get_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import resize
@@ -70,7 +71,7 @@ class FreezeLayers(Callback):
     def before_batch(self):
         for layer, begin in self.recipe.freeze:
             if self.pct_train >= begin:
-                for p in getattr(self.model, layer).parameters():
+                for p in getattr(get_model(self.model), layer).parameters():
                     if p.requires_grad:
                         self.frozen.append(p.requires_grad_(False))
                         p.grad = None
@@ -96,7 +97,7 @@ class CountFlop(Callback):
     def before_batch(self):
         key = (*self.x.shape[1:], *(p.requires_grad for p in self.model.parameters()))
         if key not in self.per_image:
-            self.per_image[key] = count_flop(self.model, torch.Tensor(self.x[:2])) / len(self.x[:2])
+            self.per_image[key] = count_flop(get_model(self.model), torch.Tensor(self.x[:2])) / len(self.x[:2])
         self.recorder.flop += len(self.x) * self.per_image[key]
 
 

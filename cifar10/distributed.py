@@ -1,0 +1,242 @@
+"""Training in several processes, each on its part of every batch: `torchrun --nproc_per_node 2 train.py`
+
+All processes draw the same random numbers and load the same batches. Each trains on its own part of them, PyTorch's
+DistributedDataParallel averages the gradients, and batch normalization is computed over all parts: the result is that
+of a single process, up to rounding. Only the first process prints and writes.
+"""
+
+import atexit
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.torch_core import get_model, num_distrib, rank_distrib
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+from cifar10.cli import UserError
+
+T = TypeVar("T")
+LOST = "a lost connection to another process"
+
+
+def is_distributed() -> bool:
+    """Whether torchrun started this process beside others."""
+    return num_distrib() > 1
+
+
+def is_first() -> bool:
+    return rank_distrib() == 0
+
+
+@contextmanager
+def process_group(device: str, timeout: float) -> Iterator[None]:
+    """Join the other processes, if torchrun started several, and take this process's own GPU.
+
+    `timeout` is in seconds; after it, a process that is frozen or cut off counts as lost. One that ends is noticed at
+    once. Raises `UserError` if one is lost.
+    """
+    if not is_distributed():
+        yield
+        return
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        atexit.register(dist.destroy_process_group)  # or gloo's threads may abort the process at its end
+        with nullcontext() if is_first() else open(os.devnull, "w") as nowhere, redirect_stdout(nowhere or sys.stdout):
+            yield
+    except RuntimeError as reason:
+        if not is_lost(reason):
+            raise
+        raise UserError(f"stopped by {LOST}; start the training again") from None
+
+
+def is_lost(reason: RuntimeError) -> bool:
+    """Whether an exception means that another process ended, or does not answer."""
+    return is_distributed() and bool(re.search("gloo|nccl|connection|timed out|socket", str(reason), re.IGNORECASE))
+
+
+def from_first(function: Callable[..., T], *args) -> T:
+    """What `function` returns in the first process, for all of them. A `UserError` there is raised in all, too."""
+    if not is_distributed():
+        return function(*args)
+    answer: list[Any] = [None, None]
+    if is_first():
+        try:
+            answer[0] = function(*args)
+        except UserError as mistake:
+            answer[1] = mistake.message
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+@contextmanager
+def local_first() -> Iterator[None]:
+    """In the block, the first process of each host comes before the others, which then find the files it made.
+
+    All wait until they are made on every host, however long that takes.
+    """
+    hosts, leads = int(os.environ.get("GROUP_WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0") == "0"
+    ready = [f"ready-{host}" for host in range(hosts)]
+    store = dist.distributed_c10d._get_default_store() if is_distributed() else None
+
+    def wait():
+        while store and not store.check(ready):
+            time.sleep(0.1)
+
+    if not leads:
+        wait()
+    yield
+    if store and leads:
+        store.set(f"ready-{os.environ.get('GROUP_RANK', 0)}", "")
+        wait()
+
+
+def is_restart() -> bool:
+    """Whether torchrun started the processes again, which it does `--max-restarts` times after one of them ended."""
+    counts = [os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")] * num_distrib()
+    if is_distributed():
+        dist.all_gather_object(counts, counts[0])  # each host counts for itself
+    return any(count != "0" for count in counts)
+
+
+def check_same(value: str, what: str):
+    """Raise `UserError` unless a value is the same in all processes."""
+    if value != from_first(lambda: value):
+        raise UserError(f"{what} of process {rank_distrib()} is another than that of the first; make them the same")
+
+
+class Distributed(Callback):
+    """Train in all processes together. Batches, losses, metrics and the model are those of a single process."""
+
+    order = MixedPrecision.order + 1  # after layers are frozen, before anything is recorded
+
+    def before_train(self):  # other events also come from predictions, which the first process makes alone
+        if not isinstance(self.model, DistributedDataParallel):
+            self.join()
+        self.flop = self.recorder.flop
+        for value in get_model(self.model).state_dict().values():  # hosts with different processors may have drifted
+            dist.broadcast(value, 0)
+
+    def join(self):
+        """Take a part of each batch from now on."""
+        if self.dls.train.bs < num_distrib():
+            raise UserError(
+                f"batch_size is {self.dls.train.bs}, below the {num_distrib()} processes; use fewer of them"
+            )
+        self.loaders = self.dls.loaders
+        share_random_numbers(self.loaders, self.dls.device)
+        for loader in self.loaders:
+            loader.share = slice(rank_distrib(), None, num_distrib())
+        self.norms = [module for module in self.model.modules() if type(module) is nn.BatchNorm2d]
+        for norm in self.norms:
+            on_cpu, norm.process_group = norm.weight.device.type == "cpu", None
+            norm.__class__ = SyncBatchNorm2d if on_cpu else nn.SyncBatchNorm
+        self.wrap()
+
+    def wrap(self):
+        model = get_model(self.model)
+        self.trained = [p.requires_grad for p in model.parameters()]
+        self.learn.model = DistributedDataParallel(model, broadcast_buffers=False)
+
+    def before_batch(self):
+        if self.training and self.trained != [p.requires_grad for p in get_model(self.model).parameters()]:
+            self.wrap()  # because it takes note of them only in the beginning
+
+    def after_loss(self):
+        if self.training:
+            part = len(self.xb[0]) / self.dl.whole  # of the batch
+            if part != 1 / num_distrib():
+                self.learn.loss_grad = self.loss_grad * (part * num_distrib())
+            self.learn.loss = self.loss.detach() * part
+            dist.all_reduce(self.learn.loss)
+
+    def after_train(self):
+        recorder = self.recorder
+        self.sum_up(recorder._train_mets)
+        if not sys.exc_info()[0]:
+            sums = self.tensor(recorder.correct, recorder.seen, recorder.flop - self.flop)
+            dist.all_reduce(sums)
+            recorder.correct, recorder.seen, recorder.flop = sums[0], int(sums[1]), self.flop + sums[2].item()
+
+    def after_validate(self):
+        if isinstance(self.model, DistributedDataParallel):
+            self.sum_up(self.recorder._valid_mets)
+
+    def sum_up(self, metrics):
+        """Add up what the processes found, unless an exception is on its way, of which others may know nothing."""
+        for metric in [] if sys.exc_info()[0] else metrics:
+            metric.total = self.tensor(metric.total, metric.count)
+            dist.all_reduce(metric.total)
+            metric.total, metric.count = metric.total[0], int(metric.total[1])
+
+    def tensor(self, *values) -> Tensor:
+        return torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.dls.device)
+
+    def after_fit(self):
+        if isinstance(self.model, DistributedDataParallel):
+            self.learn.model = get_model(self.model)
+            for norm in self.norms:
+                norm.__class__ = nn.BatchNorm2d
+            for loader in self.loaders:
+                loader.share = None
+
+
+def share_random_numbers(loaders, device: torch.device):
+    """Have all processes draw the random numbers that the first one would draw."""
+
+    def states() -> list:
+        cuda = [torch.cuda.get_rng_state()] if device.type == "cuda" else []
+        return [
+            random.getstate(),
+            np.random.get_state(),
+            [dl.rng.getstate() for dl in loaders],
+            torch.get_rng_state(),
+            *cuda,
+        ]
+
+    python, numpy, generators, cpu, *cuda = from_first(states)
+    random.setstate(python)
+    np.random.set_state(numpy)
+    for loader, state in zip(loaders, generators, strict=True):
+        loader.rng.setstate(state)
+    torch.set_rng_state(cpu)
+    for state in cuda:
+        torch.cuda.set_rng_state(state)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalization over the parts of all processes; PyTorch has it for CUDA only. `(N, C, H, W)` → the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+        moments = torch.stack([mean, variance + mean.square(), torch.ones_like(mean)]).double()
+        mean, square, count = all_reduce(moments * (x.numel() // len(mean)))
+        mean, square = mean / count, square / count
+        variance = square - mean.square()
+        with torch.no_grad():
+            running: Any = self  # which has buffers and a momentum, as the ResNet's
+            running.num_batches_tracked += 1
+            running.running_mean.lerp_(mean.float(), self.momentum)
+            running.running_var.lerp_((variance * count / (count - 1)).float(), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt().float()
+        shift = self.bias - mean.float() * scale
+        return (x.float() * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
