@@ -34,7 +34,7 @@ from cifar10.page import write_html
 from cifar10.plots import save_figure
 from cifar10.recipes import RECIPES, Recipe
 from cifar10.report import write_report
-from cifar10.run import Run, home_relative
+from cifar10.run import Run, collect_env, home_relative
 from cifar10.tracking import tracker_callbacks
 from model import ResNet, split_by_depth
 
@@ -103,6 +103,9 @@ def train(learn: Learner, run: Run, started: float):
         recipe = replace(recipe, lr_min=run.config["lr_min"], lr_max=run.config["lr_max"])
         done, started = checkpoint[1]["epochs"], started - checkpoint[1]["elapsed"]
         print(f"Resuming after epoch {done} of {recipe.epochs}")
+        before, now = run.config["hardware"].get("processes", 1), collect_env()["hardware"]["processes"]
+        if before != now:
+            print(f"The run was started with {before} processes, not {now}: the result is the same only up to rounding")
         learn.add_cb(TimeEstimate(recipe, done))
     else:
         summary = learn.summary()  # in all processes: fastai gathers what it finds

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 import matplotlib
@@ -83,14 +84,20 @@ class Parser(ArgumentParser):
 
 
 def fails_first() -> bool:
-    """Whether no other process of a training in several has reported a failure before."""
+    """Whether no other process of a training in several is known to have reported a failure before."""
     rank = os.environ.get("RANK", "0")
     if not dist.is_available() or not dist.is_initialized():
         return rank == "0"
-    try:
-        return dist.distributed_c10d._get_default_store().compare_set("failed", "", rank).decode() == rank
-    except RuntimeError:  # the process that held the store has ended
-        return rank == "1"
+    answers: list[bytes] = []
+
+    def ask():
+        with suppress(RuntimeError):
+            answers.append(dist.distributed_c10d._get_default_store().compare_set("failed", "", rank))
+
+    thread = Thread(target=ask, daemon=True)  # the host that knows may be cut off
+    thread.start()
+    thread.join(timeout=5)
+    return not answers or answers[0].decode() == rank
 
 
 def fail(message: str, status: int):

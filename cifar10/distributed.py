@@ -55,7 +55,16 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # After a restart, gloo would find the addresses of the processes before.
+        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timedelta(seconds=timeout),
+            store=store,
+            rank=rank,
+            world_size=world_size,
+        )
         atexit.register(dist.destroy_process_group)  # or gloo's threads may abort the process at its end
         with nullcontext() if is_first() else open(os.devnull, "w") as nowhere, redirect_stdout(nowhere or sys.stdout):
             yield
@@ -227,7 +236,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
         moments = torch.stack([mean, variance + mean.square(), torch.ones_like(mean)]).double()
         mean, square, count = all_reduce(moments * (x.numel() // len(mean)))
         mean, square = mean / count, square / count
@@ -235,8 +245,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             running: Any = self  # which has buffers and a momentum, as the ResNet's
             running.num_batches_tracked += 1
-            running.running_mean.lerp_(mean.float(), self.momentum)
-            running.running_var.lerp_((variance * count / (count - 1)).float(), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt().float()
-        shift = self.bias - mean.float() * scale
-        return (x.float() * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+            running.running_mean.lerp_(mean.to(wide.dtype), running.momentum)
+            running.running_var.lerp_((variance * count / (count - 1)).to(wide.dtype), running.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt().to(wide.dtype)
+        shift = self.bias - mean.to(wide.dtype) * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)

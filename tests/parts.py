@@ -1,0 +1,95 @@
+"""What each process of a training does, as test_distributed.py starts them: `torchrun tests/parts.py FOLDER`."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from fastai.vision.all import Callback, get_model, set_seed
+from torch import nn
+
+from cifar10.callbacks import ValidateLast
+from cifar10.distributed import SyncBatchNorm2d, process_group
+from cifar10.images import ImageTable
+from cifar10.recipes import ASSIGNMENT, FASTER
+from model import ResNet
+from train import fit, get_dls, get_learner
+
+# Batches of 359 can be shared evenly by neither two nor three; the last one to validate on has a single image.
+PLAIN = replace(
+    ASSIGNMENT, batch_size=359, crop_padding=0, flip=False, cutout=0, epochs=2, peak_epoch=1, lr_max=0.1, lr_min=1e-3
+)
+
+
+class Watch(Callback):
+    """Note the images of each batch, and the gradients of the first one."""
+
+    def before_fit(self):
+        self.trained, self.validated, self.gradients = [], [], {}
+
+    def before_batch(self):
+        (self.trained if self.training else self.validated).append([crc32(x.numpy().tobytes()) for x in self.x])
+
+    def before_step(self):
+        if not self.gradients:
+            named = get_model(self.model).named_parameters()
+            self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def train_watched(norm: str) -> dict:
+    """Two epochs on the digits, in all processes together."""
+    set_seed(0, reproducible=True)
+    dls = get_dls(ImageTable.open("digits"), PLAIN, device="cpu")
+    learn, watch = get_learner(dls, PLAIN, norm, width=8, precision="fp32"), Watch()
+    with learn.no_bar(), learn.no_logging():
+        fit(learn, PLAIN, [watch])
+    recorder = learn.recorder
+    return dict(
+        trained=watch.trained, validated=watch.validated, gradients=watch.gradients,
+        losses=torch.stack(recorder.step_losses), values=[list(row) for row in recorder.values],
+        extra=recorder.extra, flop=recorder.flop, state=learn.model.state_dict(),
+    )  # fmt: skip
+
+
+def batch_norm_gradients() -> torch.Tensor:
+    """Of the ResNet with batch normalization and a batch of noise, in float64; the mean over all processes."""
+    torch.manual_seed(0)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    model, images, labels = ResNet(width=8).double(), torch.randn(62, 3, 32, 32).double(), torch.randint(10, (62,))
+    for norm in [module for module in model.modules() if type(module) is nn.BatchNorm2d]:
+        norm.__class__ = SyncBatchNorm2d if world > 1 else nn.BatchNorm2d
+    logits = model(images[rank::world])
+    (nn.functional.cross_entropy(logits, labels[rank::world], reduction="sum") / len(labels)).backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    if world > 1:
+        torch.distributed.all_reduce(gradients)
+    return gradients
+
+
+def accuracies() -> list[float]:
+    """Of five seeds, by a recipe that freezes layers and resizes images."""
+    recipe, found = replace(FASTER, batch_size=128, epochs=2, peak_epoch=0.4, flip=False), []
+    for seed in range(5):
+        set_seed(seed, reproducible=True)
+        learn = get_learner(get_dls("digits", recipe, device="cpu"), recipe, width=8, precision="fp32")
+        with learn.no_bar(), learn.no_logging():
+            fit(learn, recipe, [ValidateLast()])
+        found.append(learn.recorder.values[-1][-1])
+    return found
+
+
+def main(folder: Path):
+    with process_group("cpu", timeout=60):
+        found = {norm: train_watched(norm) for norm in ("layer", "batch")}
+        found["batch norm"] = batch_norm_gradients()
+        if os.environ["WORLD_SIZE"] != "3":
+            found["accuracies"] = accuracies()
+        torch.save(found, folder / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
