@@ -72,9 +72,9 @@ def main(
         for i, why in broken.items():
             print(f"{printable(some[i])} can't be used as an image ({why})", file=sys.stderr)
         failed += len(broken)
-        for i, row in zip(good, preds, strict=True):
-            best = row.topk(topk)
-            cells = [cell for p, k in zip(*best, strict=True) for cell in (classifier.classes[k], float(p))]
+        best, numbers = (values.tolist() for values in preds.topk(topk))
+        for i, row, ps, ks in zip(good, preds, best, numbers, strict=True):
+            cells = [cell for p, k in zip(ps, ks, strict=True) for cell in (classifier.classes[k], p)]
             rows.append([printable(some[i]), *cells])
             if json:
                 probabilities[printable(some[i])] = dict(zip(classifier.classes, row.tolist(), strict=True))

@@ -87,6 +87,8 @@ def project(step: float, loading: float, parameters: int, norms: int, gpus: int)
     `step` is that of one GPU, `loading` the part of it that every process has as a whole. The rest is divided by the
     number of GPUs, which is the best case. Gradients are float32, and reduced in a ring after the backward pass.
     """
+    if gpus == 1:
+        return dict(gpus=1, step_ms=1000 * step, loading=loading / step, reducing=0.0, efficiency=1.0)
     link = "host" if gpus <= GPUS_A_HOST else "network"
     reducing = 2 * (gpus - 1) / gpus * 4 * parameters / BANDWIDTH[link] + LATENCY[link] * (1 + 2 * norms)
     total = (step - loading) / gpus + loading + reducing

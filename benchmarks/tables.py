@@ -121,7 +121,27 @@ def speed() -> str:
     return markdown(["two CPU cores, bf16", "measured"], rows, right=1)
 
 
-TABLES = {function.__name__: function for function in (results, recipes, options, speed)}
+def scale() -> str:
+    """One and several processes."""
+    rows = [
+        [row["processes"], f"{row['speedup']:.2f}×", f"{row['loading'] / row['step']:.1%}",
+         f"{row['reducing'] / row['step']:.1%}" if row["reducing"] else ""]
+        for row in read_json("scale.json")["seconds"]
+    ]  # fmt: skip
+    return markdown(["processes", "speed", "drawing the batch", "adding up"], rows, right=4)
+
+
+def projection() -> str:
+    """Steps on many GPUs, on paper."""
+    rows = [
+        [row["gpus"], f"{row['step_ms']:.1f} ms", f"{row['efficiency']:.0%}", f"{row['loading']:.0%}",
+         f"{row['reducing']:.0%}"]
+        for row in read_json("scale.json")["projection"]["rows"]
+    ]  # fmt: skip
+    return markdown(["GPUs", "step", "efficiency", "drawing the batch", "adding up"], rows, right=5)
+
+
+TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, projection)}
 
 
 def render(page: str) -> str:

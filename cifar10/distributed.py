@@ -23,10 +23,10 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar10.cli import UserError
+from cifar10.sync_batch_norm import SyncBatchNorm2d
 
 T = TypeVar("T")
 LOST = "a lost connection to another process"
@@ -228,25 +228,3 @@ def share_random_numbers(loaders, device: torch.device):
     torch.set_rng_state(cpu)
     for state in cuda:
         torch.cuda.set_rng_state(state)
-
-
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalization over the parts of all processes; PyTorch has it for CUDA only. `(N, C, H, W)` → the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
-        moments = torch.stack([mean, variance + mean.square(), torch.ones_like(mean)]).double()
-        mean, square, count = all_reduce(moments * (x.numel() // len(mean)))
-        mean, square = mean / count, square / count
-        variance = square - mean.square()
-        with torch.no_grad():
-            running: Any = self  # which has buffers and a momentum, as the ResNet's
-            running.num_batches_tracked += 1
-            running.running_mean.lerp_(mean.to(wide.dtype), running.momentum)
-            running.running_var.lerp_((variance * count / (count - 1)).to(wide.dtype), running.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt().to(wide.dtype)
-        shift = self.bias - mean.to(wide.dtype) * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)

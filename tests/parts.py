@@ -13,9 +13,10 @@ from fastai.vision.all import Callback, get_model, set_seed
 from torch import nn
 
 from cifar10.callbacks import ValidateLast
-from cifar10.distributed import SyncBatchNorm2d, process_group
+from cifar10.distributed import process_group
 from cifar10.images import ImageTable
 from cifar10.recipes import ASSIGNMENT, FASTER
+from cifar10.sync_batch_norm import SyncBatchNorm2d
 from model import ResNet
 from train import fit, get_dls, get_learner
 
