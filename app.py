@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from typing import Annotated
+from uuid import uuid4
 
 import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
 
@@ -12,7 +13,7 @@ import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cifar10 import cli
 from cifar10.classifier import Classifier
@@ -66,7 +67,11 @@ def explain(classifier: Classifier, file: str | None, layer: str, label: str, op
     [heat] = grad_cam(classifier.model, x, torch.tensor([number], device=x.device), [getattr(classifier.model, layer)])
     colors = matplotlib.colormaps["jet"](heat[0].cpu().numpy())[..., :3]
     mixed = (1 - opacity) * pixels.permute(1, 2, 0).numpy() / 255 + opacity * colors
-    return Image.fromarray(np.uint8(255 * mixed)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    image = Image.fromarray(np.uint8(255 * mixed)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    exif = Image.Exif()  # Gradio would write equal images to the same file, also while somebody downloads it
+    exif[ExifTags.Base.ImageUniqueID] = uuid4().hex
+    image.info["exif"] = exif.tobytes()
+    return image
 
 
 def build(classifier: Classifier, folder: Path):

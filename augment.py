@@ -6,19 +6,37 @@ and the flip before fastai's `IntToFloatTensor` (10), where a batch is a quarter
 `Normalize` (99), where the data set's mean is 0.
 """
 
+from collections.abc import Callable
+
 import torch
 from fastai.vision.all import DisplayedTransform, TensorImage
+from torch import Tensor
 from torchvision.transforms.v2.functional import pad
 
 
-class RandomCrop(DisplayedTransform):
+class BatchTransform(DisplayedTransform):
+    """A random transform of training batches that several processes can share: each transforms its own images only.
+
+    `part` is then the number of images in the whole batch, and which of them are here.
+    """
+
+    split_idx = 0
+    part: tuple[int, slice] | None = None
+
+    def draw(self, x: TensorImage, numbers: Callable[[int], Tensor]) -> Tensor:
+        """A random number for each image, `(N, …)`, of those for the whole batch; `numbers(n)` draws n of them."""
+        whole, here = self.part or (len(x), slice(None))
+        return numbers(whole)[here]
+
+
+class RandomCrop(BatchTransform):
     """A `size`×`size` window at a random place of the padded image: `(N, C, H, W)` → `(N, C, size, size)`.
 
     Offsets are uniform from 0 to H + 2·`padding` − `size`. `pad_mode` is torchvision's: "reflect" (no artificial
     border), "constant" (black), "edge" or "symmetric".
     """
 
-    split_idx, order = 0, 1
+    order = 1
 
     def __init__(self, size: int = 32, padding: int = 4, pad_mode: str = "reflect"):
         self.size, self.padding, self.pad_mode = size, padding, pad_mode
@@ -26,25 +44,25 @@ class RandomCrop(DisplayedTransform):
     def encodes(self, x: TensorImage):
         windows = pad(x, self.padding, padding_mode=self.pad_mode).unfold(2, self.size, 1).unfold(3, self.size, 1)
         n, _, rows, cols = windows.shape[:4]
-        top = torch.randint(rows, (n,), device=x.device)
-        left = torch.randint(cols, (n,), device=x.device)
+        top = self.draw(x, lambda n: torch.randint(rows, (n,), device=x.device))
+        left = self.draw(x, lambda n: torch.randint(cols, (n,), device=x.device))
         return windows[torch.arange(n, device=x.device), :, top, left]
 
 
-class FlipLR(DisplayedTransform):
+class FlipLR(BatchTransform):
     """The mirror image with probability `p`: `(N, C, H, W)` → the same shape."""
 
-    split_idx, order = 0, 2
+    order = 2
 
     def __init__(self, p: float = 0.5):
         self.p = p
 
     def encodes(self, x: TensorImage):
-        flip = torch.rand(len(x), 1, 1, 1, device=x.device) < self.p
+        flip = self.draw(x, lambda n: torch.rand(n, 1, 1, 1, device=x.device)) < self.p
         return torch.where(flip, x.flip(-1), x)
 
 
-class Cutout(DisplayedTransform):
+class Cutout(BatchTransform):
     """Fill one `height`×`width` rectangle wholly inside the image with `fill`: `(N, C, H, W)` → the same shape.
 
     Every position is equally likely. The default `fill` of 0 is the data set's mean once `Normalize` has run.
@@ -52,15 +70,15 @@ class Cutout(DisplayedTransform):
     square may stick out of the image; the assignment's 8×8 here never does.
     """
 
-    split_idx, order = 0, 100
+    order = 100
 
     def __init__(self, height: int = 8, width: int = 8, fill: float = 0.0):
         self.height, self.width, self.fill = height, width, fill
 
     def encodes(self, x: TensorImage):
-        (n, _, h, w), device = x.shape, x.device
-        top = torch.randint(h - self.height + 1, (n, 1), device=device)
-        left = torch.randint(w - self.width + 1, (n, 1), device=device)
+        (h, w), device = x.shape[-2:], x.device
+        top = self.draw(x, lambda n: torch.randint(h - self.height + 1, (n, 1), device=device))
+        left = self.draw(x, lambda n: torch.randint(w - self.width + 1, (n, 1), device=device))
         row, col = torch.arange(h, device=device), torch.arange(w, device=device)
         rows = (row >= top) & (row < top + self.height)
         cols = (col >= left) & (col < left + self.width)

@@ -24,6 +24,7 @@ from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.data import describe
 from cifar10.decode import SIZE
 from cifar10.distributed import check_same, from_first, is_first, is_restart, local_first, process_group
+from cifar10.environment import collect_env
 from cifar10.files import write, write_csv
 from cifar10.images import ImageTable
 from cifar10.initialize import init_dirac, init_whitening
@@ -34,7 +35,7 @@ from cifar10.page import write_html
 from cifar10.plots import save_figure
 from cifar10.recipes import RECIPES, Recipe
 from cifar10.report import write_report
-from cifar10.run import Run, collect_env, home_relative
+from cifar10.run import Run, home_relative
 from cifar10.tracking import tracker_callbacks
 from model import ResNet, split_by_depth
 

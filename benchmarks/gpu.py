@@ -21,10 +21,10 @@ from benchmarks.seeds import now, train_once
 from cifar10 import cli
 from cifar10.callbacks import SYNC_EVERY, StopAtNaN
 from cifar10.cli import UserError
+from cifar10.environment import collect_env
 from cifar10.files import write_json
 from cifar10.learner import resolve_precision
 from cifar10.recipes import RECIPES
-from cifar10.run import collect_env
 from train import get_dls, get_learner
 
 LR = 0.01

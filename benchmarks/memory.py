@@ -20,8 +20,8 @@ from PIL import Image
 
 from cifar10 import cli
 from cifar10.cli import UserError
+from cifar10.environment import collect_env
 from cifar10.files import write_json
-from cifar10.run import collect_env
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from cifar10 import cli
 from cifar10.data import TensorDL
+from cifar10.environment import collect_env
 from cifar10.files import write_json
 from cifar10.optim import Muon
 from cifar10.recipes import ASSIGNMENT
-from cifar10.run import collect_env
 from model import ResNet
 from train import get_learner
 

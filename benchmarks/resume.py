@@ -20,8 +20,8 @@ from fastai.vision.all import Learner
 
 import train
 from cifar10 import checkpoint, cli, report
+from cifar10.environment import collect_env
 from cifar10.files import read_csv, write_json
-from cifar10.run import collect_env
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"data": "digits", "width": 8, "epochs": 2}

@@ -1,8 +1,8 @@
 """Training steps in one and in several processes: `python -m benchmarks.scale --data cifar10.tgz --out scale.json`
 
 On a CPU, all numbers of processes share the same cores; on GPUs, each process has its own. They take turns, a few steps
-each. Beside a step, what does not shrink with more processes is timed alone: drawing and augmenting the whole batch,
-and adding up the gradients and the statistics of batch normalization. Last comes a projection on paper for many GPUs.
+each. Beside a step, two parts of it are timed alone: loading and augmenting a process's part of the batch, and adding
+up the gradients and the statistics of batch normalization. Last comes a projection on paper for many GPUs.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from fastai.torch_core import num_distrib, rank_distrib
 from torch import nn
 
 from benchmarks.seeds import now
@@ -22,9 +23,9 @@ from benchmarks.speed import Timer, durations
 from cifar10 import cli
 from cifar10.cli import UserError
 from cifar10.distributed import is_distributed, is_first, local_first, process_group
+from cifar10.environment import collect_env
 from cifar10.files import write_json
 from cifar10.images import ImageTable
-from cifar10.run import collect_env
 from train import get_dls, get_learner
 
 LR = 0.01
@@ -46,13 +47,14 @@ def seconds_of(action, device: torch.device) -> float:
 
 
 def measure(data: str, steps: int, batch_size: int, width: int) -> dict[str, float]:
-    """Seconds of a training step, and of its parts that every process has as a whole."""
+    """Seconds of a training step, of loading, and of adding up."""
     with local_first():
         images = ImageTable.open(data)
     dls = get_dls(images, bs=batch_size)
     learn, timer = get_learner(dls, width=width), Timer(steps)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1 + steps // len(dls.train), LR, cbs=timer)
+    dls.train.share = slice(rank_distrib(), None, max(1, num_distrib()))
     batches = iter(dls.train)
     loading = seconds_of(lambda: next(batches), dls.device)
     model, reducing = learn.model, 0.0
@@ -84,8 +86,9 @@ def run(processes: int, words: list[str], gpus: bool) -> dict[str, float]:
 def project(step: float, loading: float, parameters: int, norms: int, gpus: int) -> dict[str, float]:
     """Milliseconds of a step of the same batch on many GPUs, and their efficiency.
 
-    `step` is that of one GPU, `loading` the part of it that every process has as a whole. The rest is divided by the
-    number of GPUs, which is the best case. Gradients are float32, and reduced in a ring after the backward pass.
+    `step` is that of one GPU. Of it, `loading` stays the same, because a GPU takes longer to start such small
+    operations than to do them; the rest is divided by the number of GPUs, which is the best case. Gradients are
+    float32, and reduced in a ring after the backward pass.
     """
     if gpus == 1:
         return dict(gpus=1, step_ms=1000 * step, loading=loading / step, reducing=0.0, efficiency=1.0)

@@ -17,12 +17,12 @@ from fastai.vision.all import DataLoaders, set_seed
 from cifar10 import cli
 from cifar10.callbacks import StopAtNaN
 from cifar10.cli import UserError
+from cifar10.environment import collect_env
 from cifar10.files import write_json
 from cifar10.images import ImageTable
 from cifar10.interpretation import Interpretation, tta_accuracy
 from cifar10.options import Options
 from cifar10.recipes import RECIPES, Recipe, choices
-from cifar10.run import collect_env
 from train import choose_lrs, fit, get_dls, get_learner
 
 

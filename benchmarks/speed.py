@@ -46,8 +46,8 @@ from torchvision import transforms
 
 from cifar10 import cli
 from cifar10.decode import SIZE
+from cifar10.environment import collect_env
 from cifar10.files import write_json
-from cifar10.run import collect_env
 from model import ResNet
 from train import get_dls, get_learner
 

@@ -8,10 +8,18 @@ from unicodedata import normalize
 
 import numpy as np
 import torch
-from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, Normalize, TfmdDL, ToTensor, Transform
+from fastai.data.all import (
+    CategoryBlock,
+    DataBlock,
+    DataLoaders,
+    IntToFloatTensor,
+    Normalize,
+    TfmdDL,
+    ToTensor,
+    Transform,
+)
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.data import ImageBlock
-from plum import NotFoundLookupError
 from torch import Tensor
 
 from cifar10.cli import UserError
@@ -26,7 +34,8 @@ class TensorDL(TfmdDL):
 
     Images of `table` are taken from there; others (`dls.test_dl(files)`, `learn.predict(image)`) are decoded here, with
     the same `ranges`. `share` is the part of each batch that this process takes, if it is not all; `whole` is the
-    number of images in the whole batch, which all processes augment alike.
+    number of images in the whole batch. A transform without a `part` gets all of them, in case it draws random
+    numbers.
     """
 
     share: slice | None = None
@@ -78,8 +87,8 @@ class TensorDL(TfmdDL):
 
     def __iter__(self) -> Iterator[tuple]:
         for batch in super().__iter__():
-            self.whole = len(batch[0])
-            batch = batch if self.share is None else tuple(part[self.share] for part in batch)
+            if self.share is not None and not self.takes_parts:
+                batch = tuple(part[self.share] for part in batch)
             if len(batch[0]):  # the last one may be too small for all processes
                 yield batch
 
@@ -88,7 +97,8 @@ class TensorDL(TfmdDL):
 
         Raises `UserError` if there are transforms that would be left out.
         """
-        leave_labels(*getattr(self.after_batch, "fs", []))
+        transforms, takes_parts = getattr(self.after_batch, "fs", []), self.takes_parts
+        leave_labels(*transforms)
         steps = [step for when in (self.after_item, self.before_batch) for step in getattr(when, "fs", [when])]
         if other := [step for step in steps if not isinstance(step, ToTensor)]:
             raise UserError(f"{other[0]} is for single images, which don't occur here; use a batch transform instead")
@@ -96,7 +106,20 @@ class TensorDL(TfmdDL):
         while idxs := list(islice(samps, epoch)):  # there may be more, even without end
             for batch in torch.tensor(idxs, device=self.device).split(self.bs):
                 if len(batch) == self.bs or not self.drop_last:
-                    yield self.batch(batch)
+                    self.whole = len(batch)
+                    for transform in transforms:
+                        if hasattr(transform, "part"):
+                            transform.part = (len(batch), self.share) if takes_parts else None
+                    yield self.batch(batch[self.share] if takes_parts else batch)
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether to load a part of each batch only: all transforms draw no random numbers, or those for all of it."""
+        transforms = getattr(self.after_batch, "fs", [])
+        return self.share is not None and all(
+            hasattr(transform, "part") or isinstance(transform, (IntToFloatTensor, Normalize))
+            for transform in transforms
+        )
 
     def batch(self, indices: Tensor) -> tuple:
         """Images uint8 `(n, 3, 32, 32)`, and labels int64 `(n,)` if the data set has them, on the device."""
@@ -129,7 +152,7 @@ def leave_labels(*transforms: Transform):
     for transform in transforms:
         try:
             type(transform).encodes.resolve_method((transform, TensorCategory(0)))
-        except NotFoundLookupError:
+        except LookupError:
             type(transform)(encodes)  # this is how fastai adds a method to a transform
 
 

@@ -92,6 +92,7 @@ def facts(run: Run) -> list[list[str]]:
     config, data, hardware, metrics = run.config, run.config["data"], run.config["hardware"], run.metrics
     splits = ", ".join(f"{data[name]:,} {name}" for name in ("train", "valid", "test") if data.get(name))
     side, recipe = data["size"], run.recipe
+    cpu = hardware.get("cpu_model") or "a CPU"
     versions = (f"{name} {version}" for name, version in config["versions"].items())
     return [
         ["command", command(run.options)],
@@ -99,7 +100,7 @@ def facts(run: Run) -> list[list[str]]:
         ["training", f"{recipe.epochs} epochs by the recipe {recipe.name}, {metrics['pflop']:.3g} PFLOP"],
         ["learning rate", f"{config['lr_min']:.2g} → {config['lr_max']:.2g} at epoch {recipe.peak_epoch:g}"],
         ["duration", f"{metrics['seconds']:,.0f} seconds, {metrics['images_per_second']:,.0f} images per second"],
-        ["hardware", hardware["gpu"] or f"a CPU with {hardware['cpu']}, threads: {hardware['threads']}"],
+        ["hardware", hardware["gpu"] or f"{cpu}, {hardware['cpu']}, threads: {hardware['threads']}"],
         ["precision", run.options.precision],
         ["versions", ", ".join(versions)],
         ["commit", str(config["commit"])],

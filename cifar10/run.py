@@ -3,16 +3,13 @@
 import errno
 import json
 import os
-import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,6 +21,7 @@ from torch import nn
 
 from cifar10.cli import Stopped, UserError
 from cifar10.distributed import LOST, is_distributed, is_first, is_lost
+from cifar10.environment import collect_env
 from cifar10.files import WriteError, load_tensors, save_tensors, write_csv, write_json
 from cifar10.options import Options
 from cifar10.recipes import Recipe
@@ -31,7 +29,6 @@ from cifar10.recipes import Recipe
 FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when older code can't read the new files
 WEIGHTS = "model.safetensors"
 HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
-PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
 class Run:
@@ -220,23 +217,3 @@ def home_relative(path: str) -> str:
     """A path below the home folder with `~` for it, so that a config can be shown to others."""
     home = str(Path.home() / "_")[:-1]
     return f"~/{path.removeprefix(home)}" if path.startswith(home) else path
-
-
-def collect_env() -> dict[str, Any]:
-    """What a result may depend on beside options and recipe: versions, hardware, the commit of this repository."""
-    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
-    try:
-        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # there is no git
-        commit = ""
-    return {
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "hardware": {
-            "machine": platform.machine(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "processes": max(1, num_distrib()),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "commit": commit or None,
-    }

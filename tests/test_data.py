@@ -8,10 +8,11 @@ import types
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import PILImage, TensorCategory, TensorImage
+from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
 from PIL import Image
 
 import cifar10.data
+from augment import Cutout, FlipLR, RandomCrop
 from cifar10.cli import UserError
 from cifar10.images import ImageTable
 from train import get_dls
@@ -73,6 +74,33 @@ def test_a_batch_is_freed_when_nothing_needs_it_any_more(digits):
         assert alive() == before
     finally:
         gc.enable()
+
+
+class Noise(Transform):
+    """A transform that knows nothing of parts."""
+
+    split_idx, order = 0, 101
+
+    def encodes(self, x: TensorImage):
+        return x + torch.randn(len(x), 1, 1, 1)
+
+
+@pytest.mark.parametrize("others", ([], [Noise()]))
+def test_the_part_of_a_process_is_what_it_would_be_in_the_whole_batch(others):
+    tfms = [RandomCrop(32, padding=4), FlipLR(), *others, Cutout(8, 8)]
+    dl = cifar10.data.get_dls("digits", tfms, bs=50, device="cpu").train
+
+    def epoch(share):
+        torch.manual_seed(0)
+        dl.rng.seed(0)
+        dl.share = share
+        assert dl.takes_parts == (share is not None and not others)
+        return list(dl)
+
+    parts = [epoch(slice(rank, None, 3)) for rank in range(3)]
+    for whole, *batches in zip(epoch(None), *parts, strict=True):
+        for rank, part in enumerate(batches):
+            assert all(torch.equal(mine, all_of_them[rank::3]) for mine, all_of_them in zip(part, whole, strict=True))
 
 
 def test_items_of_the_data_sets_are_pil_images(shapes):
