@@ -106,7 +106,7 @@ def train(learn: Learner, run: Run, started: float):
         print(f"Resuming after epoch {done} of {recipe.epochs}")
         before, now = run.config["hardware"].get("processes", 1), collect_env()["hardware"]["processes"]
         if before != now:
-            print(f"The run was started with {before} processes, not {now}: the result is the same only up to rounding")
+            print(f"Started with {before} and resumed with {now} processes: the result is the same only up to rounding")
         learn.add_cb(TimeEstimate(recipe, done))
     else:
         summary = learn.summary()  # in all processes: fastai gathers what it finds

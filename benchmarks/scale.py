@@ -26,9 +26,11 @@ from cifar10.distributed import is_distributed, is_first, local_first, process_g
 from cifar10.environment import collect_env
 from cifar10.files import write_json
 from cifar10.images import ImageTable
+from model import ResNet
 from train import get_dls, get_learner
 
 LR = 0.01
+NORMS = sum(isinstance(module, nn.BatchNorm2d) for module in ResNet().modules())
 REPEATS = 10  # of what is timed alone
 # Of the projection. Eight GPUs of a host are connected by NVLink, hosts by one 400 Gbit/s network card for each GPU.
 GPUS_A_HOST = 8
@@ -88,12 +90,12 @@ def project(step: float, loading: float, parameters: int, norms: int, gpus: int)
 
     `step` is that of one GPU. Of it, `loading` stays the same, because a GPU takes longer to start such small
     operations than to do them; the rest is divided by the number of GPUs, which is the best case. Gradients are
-    float32, and reduced in a ring after the backward pass.
+    float32, and reduced in a ring after the backward pass; so are the loss, and two sums of each normalization.
     """
     if gpus == 1:
         return dict(gpus=1, step_ms=1000 * step, loading=loading / step, reducing=0.0, efficiency=1.0)
     link = "host" if gpus <= GPUS_A_HOST else "network"
-    reducing = 2 * (gpus - 1) / gpus * 4 * parameters / BANDWIDTH[link] + LATENCY[link] * (1 + 2 * norms)
+    reducing = 2 * (gpus - 1) / gpus * 4 * parameters / BANDWIDTH[link] + LATENCY[link] * (2 + 2 * norms)
     total = (step - loading) / gpus + loading + reducing
     return dict(gpus=gpus, step_ms=1000 * total, loading=loading / total, reducing=reducing / total,
                 efficiency=step / total / gpus)  # fmt: skip
@@ -134,7 +136,7 @@ def main(
         one = json.loads(Path(gpu).read_text())
         step, loading = one["step"]["ours_ms"] / 1000, one["step"]["data_share"] * one["step"]["ours_ms"] / 1000
         assumed = dict(gpu=one["hardware"]["gpu"], bandwidth=BANDWIDTH, latency=LATENCY, gpus_a_host=GPUS_A_HOST)
-        results["projection"] = assumed | dict(rows=[project(step, loading, 6_574_090, 7, n) for n in (1, 8, 64)])
+        results["projection"] = assumed | dict(rows=[project(step, loading, 6_574_090, NORMS, n) for n in (1, 8, 64)])
     print(json.dumps(results, indent=2))
     if out:
         write_json(Path(out), results | collect_env())

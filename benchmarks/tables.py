@@ -128,7 +128,7 @@ def scale() -> str:
          f"{row['reducing'] / row['step']:.1%}" if row["reducing"] else ""]
         for row in read_json("scale.json")["seconds"]
     ]  # fmt: skip
-    return markdown(["processes", "speed", "loading", "adding up"], rows, right=4)
+    return markdown(["processes", "speed", "loading", "all-reduce"], rows, right=4)
 
 
 def projection() -> str:
@@ -138,7 +138,7 @@ def projection() -> str:
          f"{row['reducing']:.0%}"]
         for row in read_json("scale.json")["projection"]["rows"]
     ]  # fmt: skip
-    return markdown(["GPUs", "step", "efficiency", "loading", "adding up"], rows, right=5)
+    return markdown(["GPUs", "step", "efficiency", "loading", "all-reduce"], rows, right=5)
 
 
 TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, projection)}

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -87,6 +88,8 @@ def fails_first() -> bool:
     """Whether no other process of a training in several is known to have reported a failure before."""
     rank = os.environ.get("RANK", "0")
     if not dist.is_available() or not dist.is_initialized():
+        if rank != "0":
+            time.sleep(10)  # or torchrun would end the first process before it has printed
         return rank == "0"
     answers: list[bytes] = []
 
@@ -159,7 +162,7 @@ def run(main: Callable, schema: Callable | None = None, distributed: bool = Fals
     if not distributed and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if os.environ.get("RANK", "0") != "0":
             return
-        print(f"{Path(sys.argv[0]).name} runs in one process only; start it without torchrun", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name} runs in one process: the others end", file=sys.stderr)
         os.environ["WORLD_SIZE"] = "1"
     with script_settings():
         debug = "--debug" in sys.argv

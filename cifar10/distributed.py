@@ -1,6 +1,6 @@
 """Training in several processes, each on its part of every batch: `torchrun --nproc_per_node 2 train.py`
 
-All processes draw the same random numbers and load the same batches. Each trains on its own part of them, PyTorch's
+All processes draw the same random numbers. Each loads, augments and trains on its own part of every batch, PyTorch's
 DistributedDataParallel averages the gradients, and batch normalization is computed over all parts: the result is that
 of a single process, up to rounding. Only the first process prints and writes.
 """
@@ -128,7 +128,7 @@ def is_restart() -> bool:
 def check_same(value: str, what: str):
     """Raise `UserError` unless a value is the same in all processes."""
     if value != from_first(lambda: value):
-        raise UserError(f"{what} of process {rank_distrib()} is another than that of the first; make them the same")
+        raise UserError(f"{what} of process {rank_distrib()} differs from that of the first; make them the same")
 
 
 class Distributed(Callback):

@@ -149,10 +149,12 @@ class Run:
     def resume_command(self, script: str = "") -> str:
         """What to type to resume this run."""
         if is_distributed() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-            return f"the same command on each host, and {shlex.join(['--resume', str(self.path)])}"
+            return f"the same command on each host, with {shlex.join(['--resume', str(self.path)])} for its --name"
         if is_distributed():
             count = os.environ.get("LOCAL_WORLD_SIZE", str(num_distrib()))
-            return shlex.join(["torchrun", "--nproc_per_node", count, sys.argv[0], "--resume", str(self.path)])
+            return shlex.join(
+                ["torchrun", "--standalone", "--nproc_per_node", count, sys.argv[0], "--resume", str(self.path)]
+            )
         python = "python" if shutil.which("python") == sys.executable else sys.executable
         return shlex.join([python, script or sys.argv[0], "--resume", str(self.path)])
 

@@ -130,12 +130,12 @@ def test_killed_processes_are_started_again_and_the_run_resumes(whole, tmp_path)
 def test_a_killed_process_ends_the_others_and_another_number_can_resume(digits, tmp_path):
     process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path)
     output = finish(process)
-    assert process.returncode and output.count("; resume with: torchrun --nproc_per_node 2 ") == 1, output
+    assert process.returncode and output.count("; resume with: torchrun --standalone --nproc_per_node 2 ") == 1, output
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", "--resume", "last"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "The run was started with 2 processes, not 1: the result is the same only up to rounding" in done.stdout
+    assert "Started with 2 and resumed with 1 processes: the result is the same only up to rounding" in done.stdout
 
 
 @pytest.mark.parametrize("words, answer", [
@@ -150,7 +150,7 @@ def test_a_mistake_is_told_once(tmp_path, digits, words, answer):
 
 def test_other_scripts_run_in_one_process(tmp_path):
     output = finish(torchrun("predict.py", "nowhere", "cat.jpg", cwd=tmp_path))
-    assert output.count("predict.py runs in one process only; start it without torchrun") == 1, output
+    assert output.count("predict.py runs in one process: the others end") == 1, output
     assert output.count("error: ") == 1, output
 
 
@@ -209,4 +209,4 @@ def test_hosts_that_lose_each_other_end_after_the_timeout(hosts, tmp_path):
     subprocess.run(["ip", "-n", hosts[0], "link", "set", hosts[0], "down"], check=True)
     for process in processes:
         output = process.communicate(timeout=60)[0]
-        assert re.search(f"{LOST}; resume with: the same command on each host, and --resume", output), output
+        assert re.search(f"{LOST}; resume with: the same command on each host, with --resume", output), output
