@@ -17,9 +17,7 @@ class Options:
     """Train the assignment's ResNet with the one-cycle policy; write metrics and plots to a run folder."""
 
     data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
-    recipe: Annotated[str, choices(*RECIPES)] = (
-        "assignment"  # how to train: as assigned, in less time, or as well as in 24 epochs (best)
-    )
+    recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # as assigned, in less time, or as well as in 24 epochs
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
     valid_pct: float | None = None  # this part (default: 0.1; 0.2 of a folder that has no splits)
@@ -39,7 +37,7 @@ class Options:
     precision: Annotated[str, choices("auto", "fp32", "bf16", "fp16")] = "auto"  # auto picks the fastest
     device: Annotated[str, choices("auto", "cpu", "cuda", "mps")] = "auto"  # device to train on
     tracker: Annotated[str, choices("none", "tensorboard", "wandb")] = "none"  # also log to an experiment tracker
-    timeout: Annotated[float, POSITIVE] = 120  # seconds until one of several processes that is silent counts as lost
+    timeout: Annotated[float, POSITIVE] = 120  # seconds until a process of several that does not answer counts as lost
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 42  # random seed; on the same CPU it gives the same weights
     runs_dir: str = "runs"  # folder that holds the runs
     name: str | None = None  # name of the run folder (default: <date>-<time>-<data>-<recipe>)
