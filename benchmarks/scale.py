@@ -1,8 +1,8 @@
 """Training steps in one and in several processes: `python -m benchmarks.scale --data cifar10.tgz --out scale.json`
 
 On a CPU, all numbers of processes share the same cores; on GPUs, each process has its own. They take turns, a few steps
-each. Beside a step, two parts of it are timed alone: loading and augmenting a process's part of the batch, and adding
-up the gradients and the statistics of batch normalization. Last comes a projection on paper for many GPUs.
+each. Beside a step, two parts of it are timed alone: loading and augmenting a process's part of the batch, and the
+all-reduce of gradients and of statistics of batch normalization. Last comes a projection for many GPUs.
 """
 
 import json
@@ -49,7 +49,7 @@ def seconds_of(action, device: torch.device) -> float:
 
 
 def measure(data: str, steps: int, batch_size: int, width: int) -> dict[str, float]:
-    """Seconds of a training step, of loading, and of adding up."""
+    """Seconds of a training step, of loading, and of all-reduce."""
     with local_first():
         images = ImageTable.open(data)
     dls = get_dls(images, bs=batch_size)

@@ -132,7 +132,7 @@ def scale() -> str:
 
 
 def projection() -> str:
-    """Steps on many GPUs, on paper."""
+    """Steps on many GPUs, projected."""
     rows = [
         [row["gpus"], f"{row['step_ms']:.1f} ms", f"{row['efficiency']:.0%}", f"{row['loading']:.0%}",
          f"{row['reducing']:.0%}"]

@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from uuid import uuid4
 
@@ -98,7 +99,7 @@ def test_each_image_is_seen_once(found, kind, processes):
 
 def test_two_processes_become_as_accurate_as_one(found):
     one, two = (found[number][0]["accuracies"] for number in (1, 2))
-    assert statistics.mean(two) == pytest.approx(statistics.mean(one), abs=0.03)  # five times their spread
+    assert statistics.mean(two) == pytest.approx(statistics.mean(one), abs=0.03)
     assert min(two) > 0.9
 
 
@@ -206,6 +207,7 @@ def test_hosts_that_lose_each_other_end_after_the_timeout(hosts, tmp_path):
     saved = tmp_path / hosts[0] / "runs/run/checkpoints/epoch-00001.safetensors"
     while not saved.exists():
         assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
     subprocess.run(["ip", "-n", hosts[0], "link", "set", hosts[0], "down"], check=True)
     for process in processes:
         output = process.communicate(timeout=60)[0]
