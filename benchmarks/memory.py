@@ -1,16 +1,19 @@
 """Train on more images than a limit of memory holds: `python -m benchmarks.memory --out results/memory.json`
 
 Makes that many JPEG files of two classes, trains a narrow model on all of them for an epoch by train.py, and reports
-the peak resident size of its largest process.
+the peak resident size of its largest process. With `--processes 2`, torchrun starts so many of them, and Linux tells
+their peak proportional set sizes, too, in which a page that several processes share counts in equal parts.
 """
 
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +40,23 @@ def make_some(folder: Path, size: int, numbers: range):
         (folder / ("bright", "dark")[number % 2] / f"{number:06}.jpg").write_bytes(file.getvalue())
 
 
+def watch(launcher: subprocess.Popen) -> list[float]:
+    """The peak proportional set size of each process that `launcher` starts, in GiB; returns when it ends."""
+    peaks: dict[str, float] = {}
+    while launcher.poll() is None:
+        for children in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
+            with suppress(OSError):  # a process that has just ended
+                for process in children.read_text().split():
+                    if size := re.search(r"Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text()):
+                        peaks[process] = max(peaks.get(process, 0.0), int(size[1]) / 2**20)
+        time.sleep(0.5)
+    return [*peaks.values()]
+
+
 def main(
     images: int = 200_000,  # to train on
     size: int = 128,  # their side in pixels
+    processes: int = 1,  # to train in
     width: int = 4,  # of the ResNet
     out: str = "",  # JSON file for the results
 ):
@@ -56,18 +73,24 @@ def main(
             list(pool.map(partial(make_some, folder, size), some))
         words = ["--data", folder, "--size", size, "--width", width, "--epochs", 1]
         words += ["--peak_epoch", 0.5, "--lr_max", 0.1]
-        command = [sys.executable, ROOT / "train.py", *words, "--runs_dir", temporary, "--name", "run"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        launch = [sys.executable, *torchrun * (processes > 1), ROOT / "train.py"]
+        command = [*map(str, [*launch, *words, "--runs_dir", temporary, "--name", "run"])]
         begin = time.perf_counter()
-        done = subprocess.run([*map(str, command)], env=os.environ | {"FASTAI_HOME": temporary})
-        if done.returncode:
+        with subprocess.Popen(command, env=os.environ | {"FASTAI_HOME": temporary}) as training:
+            shared = dict(processes=processes, proportional_gib=watch(training)) if processes > 1 else {}
+        if training.returncode:
             raise UserError("the training failed, see above")
         results = dict(
             images=images, size=size, width=width, pixels_gb=3 * images * size**2 / 1e9,
             peak_gib=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
-            seconds=time.perf_counter() - begin,
-            command=f"python -m benchmarks.memory --images {images} --size {size} --width {width}",
+            seconds=time.perf_counter() - begin, **shared,
+            command=f"python -m benchmarks.memory --images {images} --size {size} --width {width}"
+            + f" --processes {processes}" * (processes > 1),
         )  # fmt: skip
     print(f"{results['pixels_gb']:.1f} GB of pixels, a peak of {results['peak_gib']:.2f} GiB")
+    for gib in shared.get("proportional_gib", []):
+        print(f"A process of {processes}: {gib:.2f} GiB, what they share counted in parts")
     if out:
         write_json(Path(out), results | collect_env())
 

@@ -193,7 +193,7 @@ class TimeEstimate(Callback):
         message = f"{what} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms per step)."
         short = 1 + epochs // 8
         on_cpu, by_assignment = torch.device(self.dls.device).type == "cpu", self.recipe.name == "assignment"
-        if on_cpu and by_assignment and seconds > 3600 and short < epochs:
+        if on_cpu and by_assignment and not self.done and seconds > 3600 and short < epochs:
             message += (
                 f" A GPU is much faster. On this CPU, --epochs {short} --peak_epoch 1 takes about"
                 f" {format_time(seconds * short / epochs)}; --recipe faster is made for CPUs."
