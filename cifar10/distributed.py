@@ -205,6 +205,9 @@ class Distributed(Callback):
                 norm.__class__ = nn.BatchNorm2d
             for loader in self.loaders:
                 loader.share = None
+                for transform in getattr(loader.after_batch, "fs", []):
+                    if hasattr(transform, "part"):
+                        transform.part = None
 
 
 def share_random_numbers(loaders, device: torch.device):

@@ -46,8 +46,9 @@ def train_watched(norm: str) -> dict:
     learn, watch = get_learner(dls, PLAIN, norm, width=8, precision="fp32"), Watch()
     with learn.no_bar(), learn.no_logging():
         fit(learn, PLAIN, [watch])
-    recorder = learn.recorder
+    recorder, batch = learn.recorder, dls.train.batch(torch.arange(5, device=dls.device))
     return dict(
+        augmented=len(dls.train.after_batch(batch)[0]),
         trained=watch.trained, validated=watch.validated, gradients=watch.gradients,
         losses=torch.stack(recorder.step_losses), values=[list(row) for row in recorder.values],
         extra=recorder.extra, flop=recorder.flop, state=learn.model.state_dict(),

@@ -97,6 +97,10 @@ def test_each_image_is_seen_once(found, kind, processes):
         assert len({len(part) for part in split}) == 2  # the last image is seen by one process only
 
 
+def test_whole_batches_are_augmented_after_the_training(found):
+    assert {part["layer"]["augmented"] for parts in found.values() for part in parts} == {5}
+
+
 def test_two_processes_become_as_accurate_as_one(found):
     one, two = (found[number][0]["accuracies"] for number in (1, 2))
     assert statistics.mean(two) == pytest.approx(statistics.mean(one), abs=0.03)
