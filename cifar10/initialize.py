@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 WHITENING_EPS = 5e-4  # added to each variance, in units of a normalized image; below it there is mostly noise
+MIN_VARIANCE = 1e-4  # of an eigenvector that becomes a filter; gray or enlarged images have fainter ones
 PIXELS_AT_ONCE = 2**19  # in a channel; there are 27 numbers for each
 
 
@@ -25,7 +26,8 @@ def init_whitening(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.GroupNorm, images:
 
     The filters are the eigenvectors of the patches' covariance and their negatives, each scaled to unit variance, and
     random mixtures of them if there are more. The normalization that follows would bring even the faintest
-    eigenvectors, which are noise, up to unit variance, so its scales keep what `WHITENING_EPS` takes from them.
+    eigenvectors, which are noise, up to unit variance, so its scales keep what `WHITENING_EPS` takes from them; those
+    below `MIN_VARIANCE` are left out, because the normalizations of all layers together would amplify rounding errors.
     Source: Page, "How to Train Your ResNet 8: Bag of Tricks", 2019.
     """
     k, out = conv.kernel_size[0], conv.out_channels
@@ -34,7 +36,11 @@ def init_whitening(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.GroupNorm, images:
         patches = some.double().unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
         products, count = products + patches.T @ patches, count + len(patches)
     variances, vectors = torch.linalg.eigh((products / count).cpu())
-    variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1).T  # rows, the largest variance first
+    rank = max(1, int((variances > MIN_VARIANCE).sum()))
+    variances, vectors = (
+        variances.flip(0)[:rank].clamp_min(0),
+        vectors.flip(1).T[:rank],
+    )  # rows, the largest variance first
     filters, kept = vectors / (variances + WHITENING_EPS).sqrt()[:, None], variances / (variances + WHITENING_EPS)
     pairs = min(len(filters), out // 2)
     mixtures = nn.functional.normalize(torch.randn(out - 2 * pairs, len(filters)).double())

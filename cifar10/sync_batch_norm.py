@@ -30,7 +30,8 @@ class NormalizeAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        _, mean, deviation = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+        # Without weight and bias, the statistics of bfloat16 values would be rounded to bfloat16, too.
+        _, mean, deviation = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
         mean, variance = mean.double(), deviation.double() ** -2 - eps  # of this part
         moments = torch.stack([mean, variance + mean.square(), torch.ones_like(mean)]) * (x.numel() / len(mean))
         dist.all_reduce(moments)

@@ -81,6 +81,7 @@ def test_batch_normalization_is_over_all_processes(found, processes):
     expected = found[1][0]["batch norm"]
     for part in found[processes]:
         assert (part["batch norm"] - expected).norm() <= 1e-10 * expected.norm()
+        torch.testing.assert_close(part["statistics"], found[1][0]["statistics"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("processes", (2, 3))

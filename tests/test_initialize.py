@@ -35,13 +35,20 @@ def test_whitened_patches_have_unit_variance_and_no_correlation():
     assert not conv.weight.requires_grad and conv.bias.abs().max() == 0
 
 
-def test_directions_without_variance_stay_silent():
-    """Of gray images, two of three channels say nothing; the rest of them is noise below `WHITENING_EPS`."""
+def test_directions_without_variance_become_no_filters():
+    """Of gray images, two of three channels say nothing; dirac convolutions would amplify their rounding errors."""
     gray = correlated()[:, :1].expand(-1, 3, -1, -1)
-    conv, norm = nn.Conv2d(3, 54, 3), nn.BatchNorm2d(54)
+    conv, norm = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)
     init_whitening(conv, norm, gray)
-    assert (norm.weight[:9] > 0.9).all() and (norm.weight[9:27] < 0.01).all()
-    assert conv.weight.isfinite().all() and conv.weight[0].norm() <= WHITENING_EPS**-0.5
+    assert torch.equal(conv.weight[9:18], -conv.weight[:9])
+    assert (norm.weight > 0.9).all() and (conv(gray).std((0, 2, 3)) > 0.9).all()
+    assert conv.weight[0].norm() <= WHITENING_EPS**-0.5
+
+
+def test_images_of_a_single_color_give_finite_filters():
+    conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    init_whitening(conv, norm, torch.zeros(4, 3, 16, 16))
+    assert conv.weight.isfinite().all() and norm.weight.isfinite().all()
 
 
 def test_fewer_filters_than_patches_have_values():
