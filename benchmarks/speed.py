@@ -2,9 +2,9 @@
 
 Alternately, a few steps of each, in a process of its own: our Learner; a plain PyTorch loop as people write it (fp32,
 contiguous tensors, torchvision's transforms of one image after the other in a DataLoader with workers); fastai as its
-tutorials use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. The limit is
-the rate at which torch multiplies matrices of the model's own sizes, in the precision that our Learner uses; only a
-convolution's own kernel may be a little faster.
+tutorials use it (ImageBlock from PNG files, item and batch transforms, fp32). All train the same ResNet. There are two
+limits, both in the precision that our Learner uses: the rate at which torch multiplies matrices of the model's own
+sizes, which a convolution's own kernel may exceed, and the time that the model's convolutions take by themselves.
 """
 
 import itertools
@@ -48,6 +48,7 @@ from cifar10 import cli
 from cifar10.decode import SIZE
 from cifar10.environment import collect_env
 from cifar10.files import write_json
+from cifar10.strips import StripConv2d
 from model import ResNet
 from train import get_dls, get_learner
 
@@ -153,7 +154,7 @@ def steps_of_other_way(name: str, data: str, bs: int, width: int, steps: int) ->
     return other_way(name, data, bs, width)(steps)
 
 
-# ---- The limit -----------------------------------------------------------------------------------------------------
+# ---- The limits ----------------------------------------------------------------------------------------------------
 
 
 def training_flops(model: nn.Module) -> int:
@@ -187,6 +188,24 @@ def matrix_rate(width: int, bs: int, dtype: torch.dtype) -> float:
             seconds += min(times) * pixels / rows
             operations += 2 * pixels * inner * outputs
     return operations / seconds
+
+
+def convolution_seconds(width: int, bs: int, dtype: torch.dtype) -> float:
+    """Seconds that the model's convolutions take by themselves, forward and backward, each in the fastest way seen."""
+    seconds = 0.0
+    for layer, (inputs, outputs, side) in enumerate(CONVOLUTIONS):
+        inputs, outputs, times = inputs * width if layer else inputs, outputs * width, []
+        layout = dict(dtype=dtype, memory_format=torch.channels_last)
+        x = torch.randn(bs, inputs, side, side).to(**layout).requires_grad_(layer > 0)
+        gradient = torch.randn(bs, outputs, side, side).to(**layout)
+        for kind in (nn.Conv2d, StripConv2d):
+            conv = kind(inputs, outputs, 3, padding=1, bias=False).to(**layout)
+            for _ in range(REPEATS):
+                begin = time.perf_counter()
+                conv(x).backward(gradient)
+                times.append(time.perf_counter() - begin)
+        seconds += min(times)
+    return seconds
 
 
 # ---- The rest ------------------------------------------------------------------------------------------------------
@@ -245,11 +264,12 @@ def main(
     }
     dtype = torch.bfloat16 if learn.precision == "bf16" else torch.float32
     seconds = {name: [] for name in ways}
-    rates, loading = [], []
+    rates, convolutions, loading = [], [], []
     for _ in range(rounds):
         for name, way in ways.items():
             seconds[name] += way()
         rates.append(matrix_rate(width, bs, dtype))
+        convolutions.append(convolution_seconds(width, bs, dtype))
         loading += data_seconds(dls, steps)
     step = {name: statistics.median(values) for name, values in seconds.items()}
     per_image = training_flops(ResNet(len(dls.vocab), width=width))
@@ -263,6 +283,7 @@ def main(
         model_flops_per_second=rate,
         matrix_flops_per_second=max(rates),
         part_of_limit=rate / max(rates),
+        convolutions_part_of_step=min(convolutions) / step["ours"],
         data_images_per_second=bs / statistics.median(loading),
         data_part_of_step=statistics.median(loading) / step["ours"],
         operators=operators(learn),
@@ -272,6 +293,7 @@ def main(
     for name, value in results["images_per_second"].items():
         print(f"| {name} | {value:.1f} | {step[name] / step['ours']:.2f} × as fast |")
     print(f"the limit: {results['part_of_limit']:.1%} of {max(rates) / 1e9:.0f} GFLOP/s in matrix products")
+    print(f"the convolutions by themselves: {results['convolutions_part_of_step']:.1%} of a step")
     print("a step: " + ", ".join(f"{part:.1%} {name}" for name, part in results["operators"].items()))
     print(f"data: {results['data_images_per_second']:,.0f} images/s, {results['data_part_of_step']:.2%} of a step")
     print(f"memory: {memory:.2f} GiB at most")

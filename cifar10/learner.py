@@ -16,6 +16,7 @@ from cifar10.cli import UserError
 from cifar10.distributed import Distributed, is_distributed
 from cifar10.optim import LiveOptimWrapper, Muon
 from cifar10.recipes import Recipe
+from cifar10.strips import Strips
 from cifar10.tricks import CountFlop, FreezeLayers, GradientValueClip, L1Penalty, ProgressiveResize
 
 
@@ -65,7 +66,7 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
     if device.type == "cuda":
         return [MixedPrecision(amp_mode=precision)]
     keep_freed_memory()  # in bf16 only: in fp32 the process would grow beyond 3 GiB
-    return [CPUMixedPrecision()]
+    return [CPUMixedPrecision(), *([Strips()] if torch.cpu._is_amx_tile_supported() else [])]
 
 
 def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", cbs=(),

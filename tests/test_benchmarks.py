@@ -39,6 +39,7 @@ def test_the_speed_benchmark(shapes, tmp_path):
     assert figures["part_of_limit"] == pytest.approx(
         figures["model_flops_per_second"] / figures["matrix_flops_per_second"]
     )
+    assert figures["convolutions_part_of_step"] > 0
     assert figures["data_part_of_step"] == pytest.approx(rates["ours"] / figures["data_images_per_second"])
     assert figures["peak_gib"] > 0 and any("conv" in name for name in figures["operators"])
 
