@@ -49,6 +49,27 @@ def seeds_of(name: str) -> list[str]:
     return [f"seeds/{path.name}" for path in (ROOT / "results/seeds").glob(f"{name}-*")]
 
 
+def test_figures_in_sentences_equal_their_files():
+    gpu, memory, shared, search, scale = map(
+        tables.read_json, ("gpu.json", "memory.json", "memory_shared.json", "search.json", "scale.json")
+    )
+    step, first, second = gpu["step"], *search["trainings"]["as it is now"]
+    figures = {
+        "benchmarks": [
+            *(f"{step[name]:.1f} ms" for name in ("ours_ms", "bare_ms")), f"{step['ratio']:.2f} times as long",
+            gpu["hardware"]["gpu"], f"{memory['peak_gib']:.2f} GiB, for {memory['pixels_gb']:.1f} GB of pixels",
+            f"{first['accuracy']:.2%} and {second['accuracy']:.2%}",
+        ],
+        "scale": [
+            f"{scale['seconds'][1]['speedup']:.2f}× the speed", f"{shared['pixels_gb']:.1f} GB of pixels",
+            *(f"{gib:.1f} GiB" for gib in shared["proportional_gib"]),
+        ],
+    }  # fmt: skip
+    for page, expected in figures.items():
+        text = " ".join((ROOT / f"docs/{page}.md").read_text().split())
+        assert [figure for figure in expected if figure not in text] == []
+
+
 def test_readme_is_short():
     assert len(README.splitlines()) <= 150
 
