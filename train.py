@@ -13,7 +13,6 @@ import cifar10  # first, because it corrects matplotlib's backend
 # isort: split
 from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner, set_seed  # noqa: F401 (for a REPL)
-from torch import Tensor
 
 import cifar10.data
 import cifar10.learner
@@ -23,7 +22,7 @@ from cifar10.callbacks import StopAtNaN, TimeEstimate, ValidateLast
 from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.data import describe
 from cifar10.decode import SIZE
-from cifar10.distributed import check_same, from_first, is_first, is_restart, local_first, process_group
+from cifar10.distributed import check_same, from_first, is_first, is_restart, launch_id, local_first, process_group
 from cifar10.environment import collect_env
 from cifar10.files import write, write_csv
 from cifar10.images import ImageTable
@@ -63,7 +62,7 @@ def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64
     if recipe.init == "dirac":
         init_dirac(model)
     if recipe.whiten:
-        init_whitening(model.prep[0], model.prep[1], Tensor(dls.train.one_batch()[0]))
+        init_whitening(model.prep[0], model.prep[1], (batch[0] for batch in dls.train))
     return cifar10.learner.get_learner(dls, model, recipe, precision, **dict(splitter=split_by_depth) | kw)
 
 
@@ -119,12 +118,8 @@ def train(learn: Learner, run: Run, started: float):
     epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
     print(f"One cycle: {epochs}, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch {recipe.peak_epoch:g}"
           f" → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
-    fit(
-        learn,
-        recipe,
-        [StopAtNaN(), SaveCheckpoint(run, started, checkpoint), *(tracker_callbacks(run) if is_first() else [])],
-        done,
-    )
+    tracking = tracker_callbacks(run) if is_first() else []
+    fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint), *tracking], done)
     if not is_first():
         return
     run.save_weights(learn.model)
@@ -153,12 +148,18 @@ def main(**given):
         start(options, given)
 
 
+def resumable(path: Path) -> str | None:
+    """The run's folder, if there is one that this torchrun started."""
+    ours = (path / "config.json").is_file() and Run.open(path).config.get("launch") == launch_id()
+    return str(path) if ours else None
+
+
 def start(options: Options, given):
     """`main`, once the processes have joined, if torchrun started several."""
     started, run = time.time(), None
     if options.resume is None and options.name and is_restart():
         path = Path(options.runs_dir, options.name)
-        options = replace(options, resume=str(path) if from_first((path / "config.json").is_file) else None)
+        options = replace(options, resume=from_first(resumable, path))
     if options.resume is not None:
         run = from_first(Run.open, options.resume, options.runs_dir)
         options = run.check_options(given)
@@ -173,6 +174,7 @@ def start(options: Options, given):
     recipe = run.recipe if run else options.resolve(images)
     dls = get_dls(images, recipe, options.valid, options.device)
     learn = get_learner(dls, recipe, options.norm, options.width, options.precision)
+    check_same(repr([recipe, learn.precision, options.norm, options.width]), "an option or the precision")
     if run:
         run.check_data(learn)
     else:

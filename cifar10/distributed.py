@@ -53,18 +53,18 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
         return
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(f"there are {processes} processes and {gpus} GPU{'s' * (gpus > 1)}; start one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif device in ("auto", "mps") and torch.backends.mps.is_available():
+        raise UserError("several processes can't share an Apple GPU; use one process, or --device cpu")
+    limit, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
         # After a restart, gloo would find the addresses of the processes before.
         store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timedelta(seconds=timeout),
-            store=store,
-            rank=rank,
-            world_size=world_size,
-        )
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world_size)
         atexit.register(dist.destroy_process_group)  # or gloo's threads may abort the process at its end
         with nullcontext() if is_first() else open(os.devnull, "w") as nowhere, redirect_stdout(nowhere or sys.stdout):
             yield
@@ -99,7 +99,7 @@ def from_first(function: Callable[..., T], *args) -> T:
 def local_first() -> Iterator[None]:
     """In the block, the first process of each host comes before the others, which then find the files it made.
 
-    All wait until they are made on every host, however long that takes.
+    All wait until they are made on every host, however long that takes. Raises `UserError` if one of them fails.
     """
     hosts, leads = int(os.environ.get("GROUP_WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0") == "0"
     ready = [f"ready-{host}" for host in range(hosts)]
@@ -107,11 +107,18 @@ def local_first() -> Iterator[None]:
 
     def wait():
         while store and not store.check(ready):
+            if store.check(["unready"]):
+                raise UserError("another process failed, see its message")
             time.sleep(0.1)
 
     if not leads:
         wait()
-    yield
+    try:
+        yield
+    except BaseException:
+        if store:
+            store.set("unready", "")
+        raise
     if store and leads:
         store.set(f"ready-{os.environ.get('GROUP_RANK', 0)}", "")
         wait()
@@ -123,6 +130,12 @@ def is_restart() -> bool:
     if is_distributed():
         dist.all_gather_object(counts, counts[0])  # each host counts for itself
     return any(count != "0" for count in counts)
+
+
+def launch_id() -> str | None:
+    """A name of the torchrun that started this process, the same after a restart; `None` if none did."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return str(os.getppid()) if name == "none" else name
 
 
 def check_same(value: str, what: str):
@@ -179,18 +192,17 @@ class Distributed(Callback):
     def after_train(self):
         recorder = self.recorder
         self.sum_up(recorder._train_mets)
-        if not sys.exc_info()[0]:
-            sums = self.tensor(recorder.correct, recorder.seen, recorder.flop - self.flop)
-            dist.all_reduce(sums)
-            recorder.correct, recorder.seen, recorder.flop = sums[0], int(sums[1]), self.flop + sums[2].item()
+        sums = self.tensor(recorder.correct, recorder.seen, recorder.flop - self.flop)
+        dist.all_reduce(sums)
+        recorder.correct, recorder.seen, recorder.flop = sums[0], int(sums[1]), self.flop + sums[2].item()
 
     def after_validate(self):
         if isinstance(self.model, DistributedDataParallel):
             self.sum_up(self.recorder._valid_mets)
 
     def sum_up(self, metrics):
-        """Add up what the processes found, unless an exception is on its way, of which others may know nothing."""
-        for metric in [] if sys.exc_info()[0] else metrics:
+        """Add up what the processes found."""
+        for metric in metrics:
             metric.total = self.tensor(metric.total, metric.count)
             dist.all_reduce(metric.total)
             metric.total, metric.count = metric.total[0], int(metric.total[1])
@@ -215,13 +227,8 @@ def share_random_numbers(loaders, device: torch.device):
 
     def states() -> list:
         cuda = [torch.cuda.get_rng_state()] if device.type == "cuda" else []
-        return [
-            random.getstate(),
-            np.random.get_state(),
-            [dl.rng.getstate() for dl in loaders],
-            torch.get_rng_state(),
-            *cuda,
-        ]
+        generators = [dl.rng.getstate() for dl in loaders]
+        return [random.getstate(), np.random.get_state(), generators, torch.get_rng_state(), *cuda]
 
     python, numpy, generators, cpu, *cuda = from_first(states)
     random.setstate(python)

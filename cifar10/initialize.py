@@ -1,10 +1,13 @@
 """How a recipe initializes the ResNet, where PyTorch's defaults are not the best start."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 WHITENING_EPS = 5e-4  # added to each variance, in units of a normalized image; below it there is mostly noise
 MIN_VARIANCE = 1e-4  # of an eigenvector that becomes a filter; gray or enlarged images have fainter ones
+WHITENED = 256  # images to look at, at least: in a few, a rare color may be missing, which the filters would not see
 PIXELS_AT_ONCE = 2**19  # in a channel; there are 27 numbers for each
 
 
@@ -21,21 +24,27 @@ def init_dirac(model: nn.Module):
 
 
 @torch.no_grad()
-def init_whitening(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.GroupNorm, images: Tensor):
-    """Make a convolution's filters the whitening transform of its patches, and keep them so; `images` `(N, C, H, W)`.
+def init_whitening(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.GroupNorm, batches: Iterable[Tensor]):
+    """Make a convolution's filters the whitening transform of its patches, and keep them so.
 
-    The filters are the eigenvectors of the patches' covariance and their negatives, each scaled to unit variance, and
-    random mixtures of them if there are more. The normalization that follows would bring even the faintest
-    eigenvectors, which are noise, up to unit variance, so its scales keep what `WHITENING_EPS` takes from them; those
-    below `MIN_VARIANCE` are left out, because the normalizations of all layers together would amplify rounding errors.
+    The first `batches` `(N, C, H, W)` with `WHITENED` images are used, which must be normalized: their mean counts as
+    0. The filters are the eigenvectors of the patches' covariance and their negatives, each scaled to unit variance,
+    and random mixtures of them if there are more. Batch normalization would bring even the faintest eigenvectors, which
+    are noise, up to unit variance, so its scales keep what `WHITENING_EPS` takes from them; those below `MIN_VARIANCE`
+    are left out, because the normalizations of all layers together would amplify rounding errors.
     Source: Page, "How to Train Your ResNet 8: Bag of Tricks", 2019.
     """
     k, out = conv.kernel_size[0], conv.out_channels
-    products, count = images.new_zeros(()), 0
-    for some in images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel())):
-        patches = some.double().unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
-        products, count = products + patches.T @ patches, count + len(patches)
-    variances, vectors = torch.linalg.eigh((products / count).cpu())
+    products, count, seen = torch.zeros(()), 0, 0
+    for batch in batches:
+        images = batch.cpu().as_subclass(Tensor)  # some devices have no float64
+        for some in images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel())):
+            patches = some.double().unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+            products, count = products + patches.T @ patches, count + len(patches)
+        seen += len(images)
+        if seen >= WHITENED:
+            break
+    variances, vectors = torch.linalg.eigh(products / count)
     rank = max(1, int((variances > MIN_VARIANCE).sum()))
     variances, vectors = (
         variances.flip(0)[:rank].clamp_min(0),

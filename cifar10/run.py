@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from cifar10.cli import Stopped, UserError
-from cifar10.distributed import LOST, is_distributed, is_first, is_lost
+from cifar10.distributed import LOST, is_distributed, is_first, is_lost, launch_id
 from cifar10.environment import collect_env
 from cifar10.files import WriteError, load_tensors, save_tensors, write_csv, write_json
 from cifar10.options import Options
@@ -64,7 +64,7 @@ class Run:
         where = home_relative(images.data)
         options = replace(options, data=where, device=dls.device.type, precision=learn.precision)
         about = dict(options=asdict(options), recipe=asdict(recipe), model=get_model(learn.model).args, data=data)
-        config = dict(format=FORMAT, **about, **collect_env())
+        config = dict(format=FORMAT, **about, **collect_env(), launch=launch_id())
         run = cls(make_folder(Path(options.runs_dir), options.name, f"{images.name[:50]}-{recipe.name}"), config)
         run.update()
         return run
@@ -127,9 +127,7 @@ class Run:
             if reason.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
                 raise
         try:
-            for part in (
-                self.path.rglob(".*.part") if is_first() else []
-            ):  # of a process that was killed while it was writing
+            for part in self.path.rglob(".*.part") if is_first() else []:  # of a process killed while it was writing
                 part.unlink()
             yield
         except (KeyboardInterrupt, BrokenPipeError) as stopped:

@@ -1,7 +1,7 @@
-"""Small images side by side: on a CPU with AMX, their convolutions are faster that way.
+"""Small images side by side, for the convolutions of a CPU with AMX.
 
 AMX multiplies 16 rows of a matrix at a time, which are pixels of one row of an image. Where such a row has only four or
-eight pixels, most of the work would be wasted.
+eight pixels, most of that would be wasted.
 """
 
 import math
@@ -40,13 +40,14 @@ def can_use_strips(conv: nn.Module) -> bool:
 
 
 class Strips(Callback):
-    """Train with small images in strips. Activations are the same, gradients up to the order of their sums."""
+    """Train with small images in strips. All numbers are the same, up to the order of sums."""
 
     def before_fit(self):
-        self.convs = [module for module in self.model.modules() if can_use_strips(module)]
-        for conv in self.convs:
-            conv.__class__ = StripConv2d
+        for module in self.model.modules():
+            if can_use_strips(module):
+                module.__class__ = StripConv2d
 
     def after_fit(self):
-        for conv in self.convs:
-            conv.__class__ = nn.Conv2d
+        for module in self.model.modules():
+            if type(module) is StripConv2d:
+                module.__class__ = nn.Conv2d

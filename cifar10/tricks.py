@@ -68,6 +68,9 @@ class FreezeLayers(Callback):
         self.recipe = recipe
         self.frozen: list[nn.Parameter] = []
 
+    def before_fit(self):
+        self.after_fit()  # which an exception may have skipped
+
     def before_batch(self):
         for layer, begin in self.recipe.freeze:
             if self.pct_train >= begin:

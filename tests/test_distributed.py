@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -152,6 +153,33 @@ def test_a_mistake_is_told_once(tmp_path, digits, words, answer):
     output = finish(torchrun("train.py", *words, cwd=tmp_path))
     assert output.count(answer) == 1, output
     assert output.count("error: ") - output.count("RuntimeError: ") == 1, output
+
+
+@pytest.mark.parametrize("words, answer", [
+    (["--data", "nowhere"], "error: there is no nowhere; "),
+    (["--l1", 0.1], "error: an option or the precision of process 1 differs from that of the first; "),
+])  # fmt: skip
+def test_a_mistake_on_one_host_ends_all(tmp_path, digits, words, answer):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank, options in enumerate(([], words)):
+        launcher = ("--nnodes", 2, "--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port)
+        started.append(torchrun("train.py", *OPTIONS, *options, cwd=tmp_path, processes=1, launcher=launcher))
+    outputs = [
+        process.communicate(timeout=60)[0] for process in started
+    ]  # the timeout of a lost process would be later
+    assert "".join(outputs).count(answer) == 1, outputs
+    assert all(process.returncode for process in started)
+
+
+def test_a_restart_does_not_resume_the_run_of_another_launch(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "runs/run")
+    launcher = ("--standalone", "--max-restarts", 1)
+    process = torchrun("train.py", *OPTIONS, cwd=tmp_path, processes=1, launcher=launcher)
+    output = finish(process)
+    assert process.returncode and output.count("error: runs/run exists already; ") == 2, output
 
 
 def test_other_scripts_run_in_one_process(tmp_path):

@@ -22,7 +22,7 @@ def correlated(count: int = 64) -> torch.Tensor:
 
 def test_whitened_patches_have_unit_variance_and_no_correlation():
     images, conv, norm = correlated(), nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64)
-    init_whitening(conv, norm, images)
+    init_whitening(conv, norm, [images])
     norm.requires_grad_(False)
     filters = conv.weight[:27].detach().double().flatten(1)
     patches = F.unfold(images.double(), 3).transpose(1, 2).flatten(0, 1)
@@ -39,21 +39,30 @@ def test_directions_without_variance_become_no_filters():
     """Of gray images, two of three channels say nothing; dirac convolutions would amplify their rounding errors."""
     gray = correlated()[:, :1].expand(-1, 3, -1, -1)
     conv, norm = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)
-    init_whitening(conv, norm, gray)
+    init_whitening(conv, norm, [gray])
     assert torch.equal(conv.weight[9:18], -conv.weight[:9])
     assert (norm.weight > 0.9).all() and (conv(gray).std((0, 2, 3)) > 0.9).all()
     assert conv.weight[0].norm() <= WHITENING_EPS**-0.5
 
 
+def test_filters_see_a_color_that_few_batches_have():
+    """Small batches, of which only one has any color."""
+    gray = correlated(96)[:, :1].repeat(1, 3, 1, 1)
+    gray[90, 0] += 1
+    conv, norm = nn.Conv2d(3, 54, 3), nn.BatchNorm2d(54)
+    init_whitening(conv, norm, gray.split(4))
+    assert (conv.weight[:, 0] - conv.weight[:, 1]).abs().max() > 0.1
+
+
 def test_images_of_a_single_color_give_finite_filters():
     conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-    init_whitening(conv, norm, torch.zeros(4, 3, 16, 16))
+    init_whitening(conv, norm, [torch.zeros(4, 3, 16, 16)])
     assert conv.weight.isfinite().all() and norm.weight.isfinite().all()
 
 
 def test_fewer_filters_than_patches_have_values():
     conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-    init_whitening(conv, norm, correlated(8))
+    init_whitening(conv, norm, [correlated(8)])
     assert torch.equal(conv.weight[2:], -conv.weight[:2])
 
 

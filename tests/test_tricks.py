@@ -83,6 +83,18 @@ def test_layers_are_frozen_from_their_part_on_and_afterwards_as_before(dls):
     assert changed == {"layer2", "layer3", "fc"}
 
 
+def test_after_an_interrupted_training_the_next_one_trains_all_layers(dls):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    learn = small(dls, freeze=(("layer1", 0.5),))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, 0.01, cbs=Callback(after_epoch=interrupt))
+    look = Look(lambda learn: learn.model.layer1[0].weight.requires_grad)
+    learn.fit(1, 0.01, cbs=look)
+    assert look.seen[0] and not look.seen[-1]
+
+
 def test_the_operations_of_the_whole_model():
     """As by hand: two for each multiply-add, three times, but no gradient of the images."""
     model, macs = ResNet(), 0
