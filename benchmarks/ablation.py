@@ -61,6 +61,27 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "Cutout 8×8": dict(cutout=8),
             "full-size images from the start": dict(sizes=((32, 1.0),)),
             "no frozen layers": dict(freeze=()),
+            "all learning rates halved": dict(lr_max=0.25, lr_min=0.05),
+            "start at a hundredth of the peak learning rate": dict(lr_min=0.005),
+            "no annihilation": dict(annihilate=False),
+            "weight decay 0.0005": dict(weight_decay=5e-4),
+            "batches of 256, with learning rates to match": dict(
+                batch_size=256, lr_max=0.25, lr_min=0.05, muon_lr_scale=0.25
+            ),
+        },
+    ),
+    "best": (
+        {},
+        {
+            BASELINE: {},
+            "batches of 512, with learning rates to match": dict(batch_size=512, lr_max=0.168, muon_lr_scale=0.202),
+            "half the learning rate for convolutions": dict(muon_lr_scale=0.143),
+            "twice the learning rate for convolutions": dict(muon_lr_scale=0.572),
+            "no annihilation": dict(annihilate=False),
+            "a cosine instead of straight lines": dict(anneal_strategy="cos"),
+            "Cutout 8×8": dict(cutout=8),
+            "label smoothing 0.2": dict(label_smoothing=0.2),
+            "PyTorch's initialization": PLAIN,
         },
     ),
 }
