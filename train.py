@@ -20,6 +20,7 @@ from augment import Cutout, FlipLR, RandomCrop
 from cifar10 import cli
 from cifar10.callbacks import StopAtNaN, TimeEstimate, ValidateLast
 from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
+from cifar10.cli import UserError
 from cifar10.data import describe
 from cifar10.decode import SIZE
 from cifar10.distributed import check_same, from_first, is_first, is_restart, launch_id, local_first, process_group
@@ -41,11 +42,16 @@ from model import ResNet, split_by_depth
 
 def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", skip_broken=False,
             bs: int | None = None, size=SIZE, valid_pct: float | None = None, **changes) -> DataLoaders:  # fmt: skip
-    """DataLoaders of `data` with the assignment's three transforms, and with `changes` to the recipe: `flip=False`."""
+    """DataLoaders of `data` with the assignment's three transforms, and with `changes` to the recipe: `flip=False`.
+
+    Raises `UserError` if there are fewer training images than a batch has, and for data that can't be used.
+    """
     images = ImageTable.open(data, skip_broken, size, valid_pct)
     if isinstance(recipe, str):
         recipe = Options(recipe=recipe, valid=valid).resolve(images)
     recipe = replace(recipe, **changes | ({"batch_size": bs} if bs else {}))
+    if recipe.batch_size > (count := len(images.split_rows(valid)[0])):
+        raise UserError(f"batch_size is {recipe.batch_size}, above the {count:,} training images; lower it")
     padding, cutout = (pixels * images.size // SIZE for pixels in (recipe.crop_padding, recipe.cutout))
     transforms = [
         RandomCrop(images.size, padding=padding, pad_mode=recipe.crop_mode),

@@ -160,10 +160,15 @@ def main(
         accuracies={title: {} for title in variants},
         **collect_env(),
     )
+
+    def recipe_with(fields: dict[str, Any]) -> Recipe:
+        batch_size = min(fields.get("batch_size", base.batch_size), train_images)
+        return replace(base, **fields | dict(batch_size=batch_size))
+
     _ = images.pixels  # decoded once, before all processes need them
     with ProcessPoolExecutor(num_cpus(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         trainings = {
-            pool.submit(holdout_accuracy, replace(base, **fields), data, width, seed): (title, seed)
+            pool.submit(holdout_accuracy, recipe_with(fields), data, width, seed): (title, seed)
             for seed in range(seeds)
             for title, fields in variants.items()
         }

@@ -63,9 +63,6 @@ class Options:
         return {name: value for name, value in vars(self).items() if name in names and value is not None}
 
     def resolve(self, images) -> Recipe:
-        """The recipe for an `ImageTable`. Raises `UserError` if it holds fewer training images than a batch."""
+        """The recipe for an `ImageTable`."""
         train_images = len(images.split_rows(self.valid)[0])
-        recipe = RECIPES[self.recipe].adapted(train_images, **(dict(images.defaults) | self.changes))
-        if recipe.batch_size > train_images:
-            raise UserError(f"batch_size is {recipe.batch_size}, above the {train_images:,} training images; lower it")
-        return recipe
+        return RECIPES[self.recipe].adapted(train_images, **(dict(images.defaults) | self.changes))

@@ -27,7 +27,7 @@ QUICK = ["--width", "4", "--epochs", "1", "--lr_max", "0.01", "--batch_size", "8
 def left_behind(folder: Path) -> set:
     """Every file below `folder` and in fastai's folders, but for decoded images."""
     files = {path for place in (folder, fastai_path("data")) for path in place.rglob("*")}
-    return {path for path in files if path.parent.name != "decoded"}
+    return {path for path in files if "decoded" not in (path.name, path.parent.name)}
 
 
 def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):

@@ -9,6 +9,7 @@ from cifar10.images import ImageTable
 from cifar10.options import Options
 from cifar10.recipes import ASSIGNMENT, FAST
 from model import NORMS
+from train import get_dls
 
 
 @pytest.mark.parametrize(
@@ -55,20 +56,11 @@ def test_what_was_given_replaces_the_recipe(shapes):
     images = ImageTable.open(shapes)
     assert Options().resolve(images) == ASSIGNMENT.adapted(48)
     recipe = Options(recipe="fast", epochs=10, clip=0.1, flip=False, annihilate=False, batch_size=16).resolve(images)
-    assert (recipe.epochs, recipe.clip, recipe.flip, recipe.annihilate, recipe.batch_size) == (
-        10,
-        0.1,
-        False,
-        False,
-        16,
-    )
-    assert (
-        recipe.peak_epoch == pytest.approx(FAST.peak_epoch * 10 / 8)
-        and recipe.lr_max == FAST.lr_max
-        and recipe.sizes == FAST.sizes
-    )
+    given = (recipe.epochs, recipe.clip, recipe.flip, recipe.annihilate, recipe.batch_size)
+    assert given == (10, 0.1, False, False, 16) and (recipe.lr_max, recipe.sizes) == (FAST.lr_max, FAST.sizes)
+    assert recipe.peak_epoch == pytest.approx(FAST.peak_epoch * 10 / 8)
     with pytest.raises(UserError, match="batch_size is 100, above the 48 training images"):
-        Options(batch_size=100).resolve(images)
+        get_dls(images, bs=100)
 
 
 def test_data_sets_have_defaults_of_their_own(digits):
