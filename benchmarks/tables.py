@@ -53,19 +53,21 @@ def petaflops(metrics: dict) -> float:
 
 def results() -> str:
     """Each committed run on CIFAR-10, and the assignment's notebook."""
-    rows = []
+    rows, rate = [], read_json("speed.json")["model_flops_per_second"]
     for folder, (name, options, version) in RUNS.items():
         metrics = runs_of(folder)
+        pflop = mean(map(petaflops, metrics))
         rows.append([
             f"[`--recipe {name}{options}`](results/{folder}/README.md){version}",
             metrics[0]["epochs"],
             *(spread([run[key] for run in metrics]) for key in ("accuracy", "tta_accuracy")),
             len(metrics),
-            f"{mean(map(petaflops, metrics)):.2f}",
+            f"{pflop:.2f}",
+            f"{1e15 * pflop / rate / 60:.0f}",
         ])  # fmt: skip
     log = read_csv(RESULTS / "notebook/log.csv")["test_accuracy_percent"]
-    rows.append(["[the assignment's notebook](results/notebook/log.csv)", len(log), f"{log[-1]:.2f}%", "", 1, ""])
-    return markdown(["run", "epochs", "test accuracy", "with TTA", "runs", "PFLOP"], rows, right=5)
+    rows.append(["[the assignment's notebook](results/notebook/log.csv)", len(log), f"{log[-1]:.2f}%", "", 1, "", ""])
+    return markdown(["run", "epochs", "test accuracy", "with TTA", "runs", "PFLOP", "minutes"], rows, right=6)
 
 
 def recipes() -> str:
