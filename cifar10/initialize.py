@@ -44,12 +44,9 @@ def init_whitening(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.GroupNorm, batches
         seen += len(images)
         if seen >= WHITENED:
             break
-    variances, vectors = torch.linalg.eigh(products / count)
+    variances, vectors = torch.linalg.eigh(products / count)  # columns, the smallest variance first
     rank = max(1, int((variances > MIN_VARIANCE).sum()))
-    variances, vectors = (
-        variances.flip(0)[:rank].clamp_min(0),
-        vectors.flip(1).T[:rank],
-    )  # rows, the largest variance first
+    variances, vectors = variances.flip(0)[:rank].clamp_min(0), vectors.flip(1).T[:rank]
     filters, kept = vectors / (variances + WHITENING_EPS).sqrt()[:, None], variances / (variances + WHITENING_EPS)
     pairs = min(len(filters), out // 2)
     mixtures = nn.functional.normalize(torch.randn(out - 2 * pairs, len(filters)).double())
