@@ -17,6 +17,9 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 
+from cifar10.cli import UserError
+from cifar10.distributed import process_group
+
 OPTIONS = ["--data", "digits", "--width", 8, "--epochs", 3, "--peak_epoch", 1, "--lr_max", 0.1, "--precision", "fp32"]
 OPTIONS += ["--name", "run", "--timeout", 60]
 LOST = "stopped by a lost connection to another process"
@@ -180,6 +183,20 @@ def test_a_restart_does_not_resume_the_run_of_another_launch(whole, tmp_path):
     process = torchrun("train.py", *OPTIONS, cwd=tmp_path, processes=1, launcher=launcher)
     output = finish(process)
     assert process.returncode and output.count("error: runs/run exists already; ") == 2, output
+
+
+@pytest.mark.parametrize("gpus, apple, answer", [
+    (1, False, "there are 2 processes and 1 GPU; start one for each GPU"),
+    (0, True, "several processes can't share an Apple GPU"),
+])  # fmt: skip
+def test_processes_without_a_gpu_of_their_own_are_refused(monkeypatch, gpus, apple, answer):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    with pytest.raises(UserError, match=answer), process_group("auto", timeout=5):
+        pass
 
 
 def test_other_scripts_run_in_one_process(tmp_path):
