@@ -19,7 +19,7 @@ from fastcore.basics import num_cpus
 
 from cifar10 import cli
 from cifar10.environment import collect_env
-from cifar10.files import write, write_json
+from cifar10.files import write_json
 from cifar10.images import ImageTable
 from cifar10.recipes import RECIPES, Recipe, choices
 from train import fit, get_dls, get_learner
@@ -97,45 +97,19 @@ def holdout_accuracy(recipe: Recipe, data: str, width: int, seed: int) -> float:
 
 
 def table(name: str, results: dict) -> str:
-    """The accuracies of a recipe's variants as a table in Markdown."""
-    seeds = results["seeds"]
-    means = {
-        title: statistics.mean(by_seed.values())
-        for title, by_seed in results["accuracies"].items()
-        if len(by_seed) == seeds
-    }
-    before = means.pop(BASELINE, None)
-    lines = [
-        f"## `{name}`",
-        "",
-        f"{results['epochs']} epochs, peak learning rate {results['lr_max']:g} at the end of epoch"
-        f" {results['peak_epoch']:g}, width {results['width']},"
-        f" {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'} per row: `{results['command']}`.",
-        "",
-        "| change | hold-out accuracy before | after | difference |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    if before is not None:
-        for title, after in means.items():
-            lines.append(f"| {title} | {before:.2%} | {after:.2%} | {100 * (after - before):+.2f} |")
-    return "\n".join(lines) + "\n"
-
-
-def tables(results: dict[str, dict]) -> str:
-    """The tables of all recipes."""
-    return "\n".join(
-        [
-            "# Ablation: the effect of single hyperparameters\n",
-            *(table(name, results[name]) for name in sorted(results)),
-        ]
-    )
-
-
-def save(out: Path, name: str, results: dict):
-    """Put a recipe's results beside those of the others in `out`, and the tables of all into Markdown."""
-    everything = (json.loads(out.read_text()) if out.is_file() else {}) | {name: results}
-    write_json(out, everything)
-    write(out.with_suffix(".md"), tables(everything))
+    """The hold-out accuracy of each variant that is done, and its distance from the recipe's, seed by seed."""
+    found = {title: [runs[seed] for seed in sorted(runs)] for title, runs in results["accuracies"].items()}
+    done = {title: values for title, values in found.items() if len(values) == results["seeds"]}
+    base = done.get(BASELINE, [])
+    title = f"`{name}`, {results['epochs']} epochs, width {results['width']}, {results['seeds']} seeds"
+    lines = [f"{title}: `{results['command']}`", ""]
+    lines += ["| change | hold-out accuracy | difference in points |", "| --- | ---: | ---: |"]
+    for change, values in done.items() if base else []:
+        points = [100 * (value - before) for value, before in zip(values, base, strict=True)]
+        spread = f" ± {statistics.stdev(points):.2f}" if len(points) > 1 else ""
+        difference = "" if change == BASELINE else f"{statistics.mean(points):+.2f}{spread}"
+        lines.append(f"| {change} | {statistics.mean(values):.2%} | {difference} |")
+    return "\n".join(lines)
 
 
 def main(
@@ -143,7 +117,7 @@ def main(
     data: str = "cifar10",  # as for train.py
     width: int = 16,  # of the ResNet
     seeds: int = 1,  # trainings per row
-    out: str = "",  # JSON file for the results of all recipes; a table in Markdown is written beside it
+    out: str = "",  # JSON file for the results of all recipes
 ):
     "Train a small model by a recipe, and by the same recipe with one thing changed, and compare them."
     changes, variants = VARIANTS[recipe]
@@ -178,7 +152,8 @@ def main(
                 results["accuracies"][title][str(seed)] = accuracy
                 print(f"{done} of {len(trainings)}: {title}, {accuracy:.2%}")
                 if out:
-                    save(Path(out), recipe, results)
+                    before = json.loads(Path(out).read_text()) if Path(out).is_file() else {}
+                    write_json(Path(out), before | {recipe: results})
         except BaseException:
             pool.shutdown(cancel_futures=True)  # or the others would still be trained before the error is seen
             raise

@@ -10,6 +10,7 @@ from statistics import mean
 
 from fastcore.script import anno_parser
 
+from benchmarks import ablation as ablations
 from benchmarks.compare import spread
 from cifar10 import cli
 from cifar10.files import read_csv, write
@@ -145,7 +146,12 @@ def projection() -> str:
     return markdown(["GPUs", "step", "efficiency", "loading", "all-reduce"], rows, right=5)
 
 
-TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, projection)}
+def ablation() -> str:
+    """What a recipe gains or loses with one thing changed."""
+    return "\n\n".join(ablations.table(name, results) for name, results in read_json("ablation.json").items())
+
+
+TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, projection, ablation)}
 
 
 def render(page: str) -> str:
