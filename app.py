@@ -131,7 +131,7 @@ def write_space(classifier: Classifier, weights: Path, folder: Path):
 
 
 def main(
-    run: Annotated[str, {"opt": False, "nargs": "?"}] = "",  # folder of a finished run, or its model.safetensors
+    run: Annotated[str, {"opt": False, "nargs": "?"}] = "",  # folder of a finished run (default: this program's)
     port: int | None = None,  # to listen on (default: the first free one from 7860)
     share: bool = False,  # also make a public link through Gradio's servers
     space: str | None = None,  # folder to write for a Hugging Face Space, instead of serving the page
@@ -141,7 +141,7 @@ def main(
         raise UserError(f"port is {port}; it must be from 1 to 65535")
     path = Path(run) if run else HERE
     weights = path / WEIGHTS if path.is_dir() else path
-    classifier = Classifier.load(weights if run or weights.is_file() else run, ResNet)
+    classifier = Classifier.load(weights if weights.is_file() else path, ResNet)
     if space:
         return write_space(classifier, weights, Path(space))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -103,7 +103,8 @@ def explain(classifier: Classifier, file: Path, probabilities, folder: Path):
     """Write a Grad-CAM of an image into the folder, under the image's name."""
     pixels = torch.from_numpy(decode_image(file, classifier.ranges, classifier.size))
     names = [printable(label) for label in classifier.classes]
-    plot_explained(classifier.model, classifier.normalize(pixels), pixels / 255, names, probabilities)
+    name = printable(file.name)
+    plot_explained(classifier.model, classifier.normalize(pixels), pixels / 255, names, probabilities, name)
     folder.mkdir(parents=True, exist_ok=True)
     target, number = folder / f"{file.stem}.png", 1
     while target.exists():  # of another image with the same name

@@ -122,8 +122,8 @@ def train(learn: Learner, run: Run, started: float):
         run.update(lr_min=recipe.lr_min, lr_max=recipe.lr_max)
 
     epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
-    print(f"One cycle: {epochs}, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch {recipe.peak_epoch:g}"
-          f" → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
+    print(f"One cycle: {epochs}, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch"
+          f" {recipe.peak_epoch:.3g} → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
     tracking = tracker_callbacks(run) if is_first() else []
     fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint), *tracking], done)
     if not is_first():

@@ -48,7 +48,7 @@ def spread(values: list[float]) -> str:
 def table(groups: list[list[dict]]) -> str:
     """A row for each group, in Markdown."""
     lines = [
-        "| runs | n | epochs | accuracy | with TTA | PFLOP | minutes |",
+        "| runs | n | epochs | accuracy | with TTA | PFLOP | minutes, as run |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for runs in groups:

@@ -25,7 +25,7 @@ RUNS = {  # folder in results/ → recipe, what was typed beside it, and the ver
     "cifar10-fast": ("fast", "", ""),
     "cifar10-faster": ("faster", "", ""),
     "cifar10-assignment": ("assignment", "", ""),
-    "cifar10-layer": ("assignment", " --norm layer", " in version 2.1"),
+    "cifar10-layer": ("assignment", " --norm layer", " in version 1"),
 }
 
 

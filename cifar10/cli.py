@@ -80,7 +80,7 @@ class Parser(ArgumentParser):
             message = f"there is no option {unknown[1]}; {f'did you mean {closest[0]}?' if closest else 'see --help'}"
         elif message.startswith("unrecognized"):
             message += "; options begin with --, see --help"
-        message = message.replace("_parse value", "value")  # fastcore's name for `int | None`
+        message = message.replace("_parse value", "number")  # fastcore's name for `int | None`
         fail(f"{self.prog}: error: {message}", 2)
 
 

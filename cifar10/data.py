@@ -220,4 +220,6 @@ def describe(dls: DataLoaders) -> str:
     sizes = " to ".join(dict.fromkeys(f"{width}×{height}" for width, height in images.sizes))
     resized = f", resized to {images.size}×{images.size}" * (sizes != f"{images.size}×{images.size}")
     listed = f"{', '.join(counts[:-1])} and {counts[-1]}"
-    return f"{images.name}: {len(dls.vocab)} classes; {listed} images, {sizes} pixels{resized}"
+    left, bs = dls.train.n % dls.train.bs, dls.train.bs
+    skipped = f"; each epoch skips {left:,} that don't fill a batch of {bs}" * (5 * left > dls.train.n)
+    return f"{images.name}: {len(dls.vocab)} classes; {listed} images, {sizes} pixels{resized}{skipped}"

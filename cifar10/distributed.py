@@ -158,10 +158,8 @@ class Distributed(Callback):
 
     def join(self):
         """Take a part of each batch from now on."""
-        if self.dls.train.bs < num_distrib():
-            raise UserError(
-                f"batch_size is {self.dls.train.bs}, below the {num_distrib()} processes; use fewer of them"
-            )
+        if (bs := self.dls.train.bs) < num_distrib():
+            raise UserError(f"batch_size is {bs}, below the {num_distrib()} processes; use fewer of them")
         self.loaders = self.dls.loaders
         share_random_numbers(self.loaders, self.dls.device)
         for loader in self.loaders:

@@ -64,11 +64,10 @@ def display_names(names: list[str], limit: int) -> list[str]:
     _, missing = fonts_for("".join(names))
     shown = [f"class {i}" if missing & set(name) else shorten_middle(name, limit) for i, name in enumerate(names)]
     count = {name: shown.count(name) for name in shown} if len({*shown}) < len(shown) else {}
-    shown = [
+    return [
         f"{i}: {shorten_middle(names[i], max(limit - 3 - len(str(i)), 5))}" if count.get(name, 1) > 1 else name
         for i, name in enumerate(shown)
     ]
-    return shown
 
 
 def wrap(text: str, limit: int) -> list[str]:

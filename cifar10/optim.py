@@ -81,9 +81,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, gradients)
             updates = list(torch._foreach_add(gradients, buffers, alpha=momentum))
             rescaled = [i for i, yes in enumerate(muon) if yes]
-            last = [
-                updates[i].permute(0, 2, 3, 1) for i in rescaled
-            ]  # channels last, as a GPU and a CPU like them best
+            last = [updates[i].permute(0, 2, 3, 1) for i in rescaled]  # channels last, which is faster
             matrices = zeropower_via_newtonschulz([u.flatten(1) for u in last], self.ns_steps, self.dtype)
             for i, matrix, u in zip(rescaled, matrices, last, strict=True):
                 p, (out, inputs) = params[i], matrix.shape

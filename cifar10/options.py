@@ -17,17 +17,17 @@ class Options:
     """Train the assignment's ResNet with the one-cycle policy; write metrics and plots to a run folder."""
 
     data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
-    recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # as assigned, in less time, or as well as in 24 epochs
+    recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # as assigned, in fewer epochs, or with free choices
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
-    valid_pct: float | None = None  # this part (default: 0.1; 0.2 of a folder that has no splits)
+    valid_pct: float | None = None  # part of train to validate on (default: 0.1; 0.2 without a test split)
     weighted: bool = False  # draw the training images of all classes equally often
     skip_broken: bool = False  # leave out images that can't be read, and train on the rest
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, in proportion)
-    batch_size: int | None = None  # images per step (default: 512; 64 with fewer than 10,000 training images)
+    batch_size: int | None = None  # images per step (default: the recipe's; 64 with fewer than 10,000)
     lr_max: float | None = None  # highest learning rate (default: the recipe's, or from the LR finder)
-    lr_min: float | None = None  # initial learning rate, and the final one (default: found, or lr_max / 100)
+    lr_min: float | None = None  # initial learning rate (default: the recipe's, found, or lr_max / 100)
     annihilate: Annotated[bool | None, YES_NO] = None  # end near zero instead of at lr_min (default: the recipe's)
     flip: Annotated[bool | None, YES_NO] = None  # mirror training images at random (default: yes; no on the digits)
     clip: float | None = None  # clip gradients by value (default: no; the assignment's notebook uses 0.1)

@@ -98,7 +98,7 @@ def facts(run: Run) -> list[list[str]]:
         ["command", command(run.options)],
         ["data", f"{printable(data['name'])}: {splits} images of {len(data['classes'])} classes, {side}×{side} pixels"],
         ["training", f"{recipe.epochs} epochs by the recipe {recipe.name}, {metrics['pflop']:.3g} PFLOP"],
-        ["learning rate", f"{config['lr_min']:.2g} → {config['lr_max']:.2g} at epoch {recipe.peak_epoch:g}"],
+        ["learning rate", f"{config['lr_min']:.2g} → {config['lr_max']:.2g} at epoch {recipe.peak_epoch:.3g}"],
         ["duration", f"{metrics['seconds']:,.0f} seconds, {metrics['images_per_second']:,.0f} images per second"],
         ["hardware", hardware["gpu"] or f"{cpu}, {hardware['cpu']}, threads: {hardware['threads']}"],
         ["precision", run.options.precision],

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from cifar10.files import read_csv, write
 from cifar10.interpretation import Interpretation, grad_cam
 from cifar10.metrics import BINS, calibration_error, reliability
-from cifar10.names import display_names, fonts_for, width, wrap
+from cifar10.names import display_names, fonts_for, shorten_middle, width, wrap
 
 N_MISCLASSIFIED = 20  # the assignment asks for 20
 N_GRADCAM = 10  # of them get a Grad-CAM
 MAX_CONFUSION = 25  # classes; of more, the confusion matrix is too large to read
 GRADCAM_LAYERS = ("layer1", "layer2", "layer3")  # as in the assignment's notebook
+GRADCAM_LEVELS = [f"After {name.capitalize()}" for name in GRADCAM_LAYERS]
 TRAIN_COLOR, VALID_COLOR, LR_COLOR = "tab:blue", "tab:orange", "tab:green"
 
 
@@ -55,9 +56,8 @@ def plot_curves(folder: Path):
     loss.set_ylabel("Cross-entropy loss")
     accuracy.set_ylabel("Accuracy (%)")
     lr.plot(at, batches["lr"], color=LR_COLOR)
-    lr.set(xlabel="Epoch", ylabel="Learning rate")
+    lr.set(xlabel="Epoch", ylabel="Learning rate", xlim=(0, None), ylim=(0, None))
     lr.grid(alpha=0.3)
-    lr.set_ylim(bottom=0)
     lr.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     final, epochs = history["valid_accuracy"][-1], len(history["epoch"])
     figure.suptitle(f"Training: valid accuracy {final:.2%} after {epochs} epoch{'s' * (epochs > 1)}")
@@ -192,27 +192,30 @@ def plot_grad_cam(interp: Interpretation):
                 if level:  # heat is (layers, 2n, H, W)
                     shown = ax.imshow(heat[level - 1, side * len(rows) + i], cmap="jet", alpha=0.5, vmin=0, vmax=1)
                 if place == side == 0:
-                    ax.set_ylabel(["Image", "After Layer1", "After Layer2", "After Layer3"][level])
+                    ax.set_ylabel(["Image", *GRADCAM_LEVELS][level])
     bar = figure.colorbar(shown, cax=figure.add_axes((0.95, 0.25, 0.012, 0.5)), ticks=[0, 1])
     bar.ax.set_yticklabels(["none", "most"])
     bar.set_label("evidence for the class named above", labelpad=-18)
     figure.suptitle(f"Grad-CAM, the evidence for each class, of {which_images(interp, len(rows))}")
 
 
-def plot_explained(model: nn.Module, image: Tensor, pixels: Tensor, names: list[str], probabilities: Tensor):
-    """One image `(3, H, W)`, as the model's input and in [0, 1], with the Grad-CAM of its likeliest class."""
-    fonts = fonts_for("".join(names))[0]
+def plot_explained(model: nn.Module, image: Tensor, pixels: Tensor, names: list[str], probabilities: Tensor,
+                   file: str):  # fmt: skip
+    """The Grad-CAM of the likeliest class of a file's image `(3, H, W)`: as the model's input, and in [0, 1]."""
+    fonts, missing = fonts_for("".join([*names, file]))
+    titles = ["Image" if missing & {*file} else shorten_middle(file, 30), *GRADCAM_LEVELS]
     label = int(probabilities.argmax())
     layers = [getattr(model, name) for name in GRADCAM_LAYERS]
     heat = grad_cam(model, image[None], torch.tensor([label], device=image.device), layers)
     with plt.rc_context({"font.family": fonts, "text.parse_math": False}):
         figure, axes = plt.subplots(1, 1 + len(layers), figsize=(10, 3.4), layout="constrained")
-        for ax, title, level in zip(axes, ["Image", "After Layer1", "After Layer2", "After Layer3"], [None, *heat]):
+        for ax, title, level in zip(axes, titles, [None, *heat], strict=True):
             show_image(ax, pixels, title)
             if level is not None:
                 shown = ax.imshow(level[0].cpu(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
         bar = figure.colorbar(shown, ax=axes, ticks=[0, 1], shrink=0.6)
         bar.ax.set_yticklabels(["none", "most"])
+        bar.set_label("evidence", labelpad=-18)
         name = display_names(names, 40)[label]
         figure.suptitle(f"Grad-CAM: the evidence for {name}, the likeliest class ({probabilities[label]:.0%})")
 
@@ -223,12 +226,15 @@ def plot_calibration(interp: Interpretation):
     confidence, accuracy, counts = (np.array(column) for column in zip(*bins))
     figure, (ax, below) = plt.subplots(2, 1, figsize=(6, 6.5), sharex=True, height_ratios=[3, 1], layout="constrained")
     ax.plot([0, 100], [0, 100], "--", color="gray", label="perfectly calibrated")
-    ax.plot(100 * confidence, 100 * accuracy, "o-", color=VALID_COLOR, label="this model")
+    ax.plot(100 * confidence, 100 * accuracy, "o-", color=VALID_COLOR, label="this model", clip_on=False)
     ax.set(ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     ax.grid(alpha=0.3)
     ax.legend(loc="upper left")
-    below.bar(100 * confidence, counts, width=80 / BINS, color=TRAIN_COLOR)
+    middle = (np.floor(BINS * confidence).clip(max=BINS - 1) + 0.5) * 100 / BINS
+    below.bar(middle, counts, width=90 / BINS, color=TRAIN_COLOR)
     below.set(xlabel="Probability of the predicted class (%)", ylabel="Images", yscale="log")
+    below.set_ylim(0.8, max(12, 1.5 * counts.max()))  # labels at 1 and 10 at least
+    below.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     below.grid(alpha=0.3)
     error = calibration_error(interp.preds, interp.targs)
     figure.suptitle(f"Calibration: expected calibration error {error:.1%}, {len(interp.targs):,} images")

@@ -32,8 +32,8 @@ PLOTS = {
     "calibration": plot_calibration,
 }
 WHAT_SUSPECTS_MEAN = (
-    "The model has not been trained on these images, and is surest that their labels are wrong. Look at them: some"
-    " labels may be, and others show what the model has not understood."
+    "Misclassified images, ordered by how much likelier the model finds another class than the label. It has not been"
+    " trained on them, so look at them: some labels may be wrong, and others show what it has not understood."
 )
 
 

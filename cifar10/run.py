@@ -105,7 +105,7 @@ class Run:
         known = asdict(self.recipe) | typed | {"name": self.path.name}
         for name, value in given.items():
             if name not in ("data", "resume", "runs_dir", "timeout") and value != known[name]:
-                raise UserError(f"cannot change --{name} on resume: this run was started with {name}={known[name]}")
+                raise UserError(f"can't change --{name} on resume: this run was started with {name}={known[name]}")
         return replace(self.options, **{name: given[name] for name in ("data", "timeout") if name in given})
 
     def check_data(self, learn: Learner):
@@ -150,11 +150,10 @@ class Run:
             return f"the same command on each host, with {shlex.join(['--resume', str(self.path)])} for its --name"
         if is_distributed():
             count = os.environ.get("LOCAL_WORLD_SIZE", str(num_distrib()))
-            return shlex.join(
-                ["torchrun", "--standalone", "--nproc_per_node", count, sys.argv[0], "--resume", str(self.path)]
-            )
-        python = "python" if shutil.which("python") == sys.executable else sys.executable
-        return shlex.join([python, script or sys.argv[0], "--resume", str(self.path)])
+            python = ["torchrun", "--standalone", "--nproc_per_node", count]
+        else:
+            python = ["python" if shutil.which("python") == sys.executable else sys.executable]
+        return shlex.join([*python, script or sys.argv[0], "--resume", str(self.path)])
 
     def update(self, **values):
         """Add or replace entries of config.json."""

@@ -53,7 +53,7 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--xtra 1", "there is no option --xtra"),
         ("--epochs 0", "epochs is 0; it must be at least 1"),
         ("--epochs -1", "epochs is -1; it must be at least 1"),
-        ("--epochs abc", "argument --epochs: invalid value: 'abc'"),
+        ("--epochs abc", "argument --epochs: invalid number: 'abc'"),
         ("--epochs 3 --peak_epoch 5", "peak_epoch is 5; it must be at most epochs, 3"),
         ("--peak_epoch 25", "peak_epoch is 25; it must be at most epochs, 24"),
         ("--peak_epoch 0", "peak_epoch is 0.0; it must be above 0"),
@@ -401,7 +401,7 @@ def test_config_that_is_none(run, content):
 
 def test_options_of_a_run_stay(run):
     cwd = run.parent
-    start = "cannot change --{} on resume: this run was started with {}"
+    start = "can't change --{} on resume: this run was started with {}"
     refused("--resume", "run", "--epochs", 3, cwd=cwd, says=start.format("epochs", "epochs=1"))
     refused("--resume", "run", "--nor", "layer", cwd=cwd, says=start.format("norm", "norm=batch"))
     refused("--resume", "run", "--seed=7", cwd=cwd, says=start.format("seed", "seed=42"))

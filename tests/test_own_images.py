@@ -159,7 +159,9 @@ def test_any_size(tmp_path):
     assert (crop.size, crop.padding, cutout.height) == (48, 6, 12)
     assert dls.one_batch()[0].shape == (8, 3, 48, 48) and dls.train.table.pixels.shape[-1] == 48
     assert get_dls(folder, batch_size=8).one_batch()[0].shape[-1] == 32
-    assert "64×64 pixels, resized to 48×48" in describe(dls)
+    assert describe(dls).endswith("64×64 pixels, resized to 48×48")
+    left = len(dls.train_ds) % 30
+    assert f"; each epoch skips {left} that don't fill a batch of 30" in describe(get_dls(folder, batch_size=30))
     same = dls.test_dl([dls.valid_ds.items[0]]).one_batch()[0]  # decoded by itself
     assert torch.equal(same[0], next(iter(dls.valid))[0][0])
 
