@@ -86,6 +86,6 @@ def plot_lr_curve(curve: LRCurve):
         ax.plot(lr, height, marker, color="tab:orange", markersize=9, label=f"fastai's {name}: {lr:.2g}")
     ax.set(xscale="log", xlabel="Learning rate", ylabel="Cross-entropy loss")
     ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # a blow-up at the end would flatten all the rest
-    ax.set_title("LR finder: the learning rate rises at every step")
+    ax.set_title("LR finder: the learning rate rises at every step; lr_max has the lowest smoothed loss")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
