@@ -101,7 +101,8 @@ def table(name: str, results: dict) -> str:
     found = {title: [runs[seed] for seed in sorted(runs)] for title, runs in results["accuracies"].items()}
     done = {title: values for title, values in found.items() if len(values) == results["seeds"]}
     base = done.get(BASELINE, [])
-    title = f"`{name}`, {results['epochs']} epochs, width {results['width']}, {results['seeds']} seeds"
+    seeds = f"{results['seeds']} seed{'s' * (results['seeds'] > 1)}"
+    title = f"`{name}`, {results['epochs']} epochs, width {results['width']}, {seeds}"
     lines = [f"{title}: `{results['command']}`", ""]
     lines += ["| change | hold-out accuracy | difference in points |", "| --- | ---: | ---: |"]
     for change, values in done.items() if base else []:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from itertools import combinations
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -14,8 +15,17 @@ from matplotlib import pyplot as plt
 from cifar10.files import read_csv
 from cifar10.interpretation import Interpretation
 from cifar10.lr_finder import LRCurve, plot_lr_curve, suggest_lrs
+from cifar10.metrics import BINS
 from cifar10.names import display_names, fonts_for, shorten_middle, width, wrap
-from cifar10.plots import plot_confusion, plot_curves, plot_grad_cam, plot_misclassified
+from cifar10.plots import (
+    plot_calibration,
+    plot_confusion,
+    plot_curves,
+    plot_explained,
+    plot_grad_cam,
+    plot_misclassified,
+)
+from model import ResNet
 
 
 def check_figure(panels: int | None = None):
@@ -233,3 +243,28 @@ def test_lr_curve_plot():
         label.startswith("lr_max = ") for label in labels
     )
     check_figure()
+
+
+@pytest.mark.parametrize("confidences", [[0.6, 0.66, 0.9, 0.95, 1.0], torch.linspace(0.51, 1, 500).tolist()])
+def test_each_bar_of_the_calibration_plot_stands_in_its_bin(confidences):
+    likeliest = torch.tensor(confidences)
+    preds = torch.stack([likeliest, 1 - likeliest], dim=1)
+    targs = torch.zeros(len(preds), dtype=torch.long)
+    plot_calibration(SimpleNamespace(preds=preds, targs=targs, decoded=targs, names=["a", "b"]))
+    ax, below = plt.gcf().axes
+    bars = [bar for bar in below.patches if bar.get_height()]
+    middles = [(bar.get_x() + bar.get_width() / 2) * BINS / 100 for bar in bars]
+    assert middles == pytest.approx(sorted({min(int(p * BINS), BINS - 1) + 0.5 for p in likeliest.tolist()}))
+    assert sum(bar.get_height() for bar in bars) == len(preds) and all(bar.get_width() < 100 / BINS for bar in bars)
+    assert not ax.lines[1].get_clip_on() and below.get_ylim()[0] < 1 and below.get_ylim()[1] > 10
+
+
+@pytest.mark.parametrize("file, title", [("cat.jpg", "cat.jpg"), ("a" * 50, None), ("\U0001f9ff.png", "Image")])
+def test_a_grad_cam_names_its_file(file, title):
+    pixels = torch.rand(3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a letter that no font has
+        plot_explained(ResNet(width=2).eval(), pixels, pixels, list("abcdefghij"), torch.eye(10)[3], file)
+        plt.gcf().canvas.draw()
+    shown = plt.gcf().axes[0].get_title()
+    assert shown == title if title else len(shown) == 30 and "…" in shown
