@@ -89,14 +89,10 @@ def main(
     if rows and not (json or csv):
         for name in columns[2::2]:
             table[name] = table[name].map("{:.1%}".format)
-        print(table.to_string(index=False, justify="left", formatters=left_aligned(table)))
+        aligned = {name: f"{{:<{max(map(len, table[name]))}}}".format for name in table.columns}  # left
+        print(table.to_string(index=False, justify="left", formatters=aligned))
     if failed:
         cli.fail(f"{failed:,} of {len(files):,} images can't be used", 1)
-
-
-def left_aligned(table: pd.DataFrame) -> dict:
-    """A formatter for each column of text; pandas would align it to the right."""
-    return {name: f"{{:<{max(map(len, table[name]))}}}".format for name in table.columns}
 
 
 def explain(classifier: Classifier, file: Path, probabilities, folder: Path):

@@ -8,8 +8,6 @@ import torch
 from fastai.optimizer import OptimWrapper, set_item_pg
 from torch import Tensor
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's, chosen to raise small singular values quickly
-
 
 def zeropower_via_newtonschulz(matrices: list[Tensor], steps: int = 3, dtype=torch.float32) -> list[Tensor]:
     """Orthogonalize matrices approximately: singular values come near 1. Each `(m, n)` → the same shape and dtype.
@@ -21,7 +19,7 @@ def zeropower_via_newtonschulz(matrices: list[Tensor], steps: int = 3, dtype=tor
     """
     wide = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]
     wide = [(m / (m.norm() + 1e-7)).to(dtype) for m in wide]
-    a, b, c = NS_COEFFICIENTS
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's, chosen to raise small singular values quickly
     results: list[Tensor] = [torch.empty(0)] * len(wide)
     together: dict[int, list[int]] = {}  # on a GPU by size, on a CPU each by itself
     for i, m in enumerate(wide):

@@ -61,8 +61,7 @@ class Run:
             test=len(dls[2].dataset) if len(dls.loaders) > 2 else None, classes=list(dls.vocab),
             size=images.size, mean=mean, std=std, ranges=images.ranges, sha256=images.hash,
         )  # fmt: skip
-        where = home_relative(images.data)
-        options = replace(options, data=where, device=dls.device.type, precision=learn.precision)
+        options = replace(options, data=home_relative(images.data), device=dls.device.type, precision=learn.precision)
         about = dict(options=asdict(options), recipe=asdict(recipe), model=get_model(learn.model).args, data=data)
         config = dict(format=FORMAT, **about, **collect_env(), launch=launch_id())
         run = cls(make_folder(Path(options.runs_dir), options.name, f"{images.name[:50]}-{recipe.name}"), config)

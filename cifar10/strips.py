@@ -43,9 +43,8 @@ class Strips(Callback):
     """Train with small images in strips. All numbers are the same, up to the order of sums."""
 
     def before_fit(self):
-        for module in self.model.modules():
-            if can_use_strips(module):
-                module.__class__ = StripConv2d
+        for module in filter(can_use_strips, self.model.modules()):
+            module.__class__ = StripConv2d
 
     def after_fit(self):
         for module in self.model.modules():

@@ -95,10 +95,10 @@ class CountFlop(Callback):
     order, run_valid = 90, False  # after the images have been resized
 
     def before_fit(self):
-        self.per_image: dict[tuple, float] = {}
+        self.per_image, self.weights = {}, list(self.model.parameters())
 
     def before_batch(self):
-        key = (*self.x.shape[1:], *(p.requires_grad for p in self.model.parameters()))
+        key = (*self.x.shape[1:], *(p.requires_grad for p in self.weights))
         if key not in self.per_image:
             self.per_image[key] = count_flop(get_model(self.model), torch.Tensor(self.x[:2])) / len(self.x[:2])
         self.recorder.flop += len(self.x) * self.per_image[key]

@@ -3,10 +3,12 @@
 import itertools
 from dataclasses import replace
 
+import fastai.learner
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_images, small
+from fastai.callback.core import _events
 from fastai.vision.all import Callback, load_learner, set_seed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +18,7 @@ from cifar10 import callbacks
 from cifar10.callbacks import StopAtNaN
 from cifar10.cli import UserError
 from cifar10.files import read_csv
-from cifar10.learner import resolve_precision
+from cifar10.learner import Learner, resolve_precision
 from cifar10.optim import Muon
 from cifar10.recipes import ASSIGNMENT, RECIPES
 from train import fit, get_dls, get_learner
@@ -55,6 +57,24 @@ def test_a_linear_cycle(dls):
         assert [float(lr) for lr in learn.recorder.lrs] == pytest.approx(
             [*up[:3].tolist(), *down[:9].tolist()], abs=1e-4
         )
+
+
+def test_every_event_reaches_the_callbacks(dls):
+    """The same ones in the same order as with fastai's Learner, whether the class or the object handles them."""
+
+    def events(learner_class) -> list[str]:
+        seen, learn = [], small(dls)
+        learn.__class__ = learner_class
+        handlers = {str(event): lambda event=event: seen.append(f"class {event}") for event in _events}
+        by_class = type("ByClass", (Callback,), {name: staticmethod(call) for name, call in handlers.items()})()
+        by_object = Callback()
+        by_object.after_batch = lambda: seen.append("object after_batch")
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, 0.01, cbs=[by_class, by_object])
+        return seen
+
+    ours = events(Learner)
+    assert ours == events(fastai.learner.Learner) and len({*ours}) > 15 and ours.count("object after_batch") > 3
 
 
 def test_same_seed_same_weights(shapes):
