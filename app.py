@@ -131,8 +131,8 @@ def write_space(classifier: Classifier, weights: Path, folder: Path):
 
 
 def main(
-    run: Annotated[str, {"opt": False, "nargs": "?"}] = "",  # folder of a finished run (default: this program's)
-    port: int | None = None,  # to listen on (default: the first free one from 7860)
+    run: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,  # folder of a finished run (default: app.py's)
+    port: int | None = None,  # port to listen on (default: the first free one from 7860)
     share: bool = False,  # also make a public link through Gradio's servers
     space: str | None = None,  # folder to write for a Hugging Face Space, instead of serving the page
 ):

@@ -18,7 +18,7 @@ from model import ResNet
 def main(
     run: str,  # folder of a finished run
     data: str | None = None,  # other labeled images, or where the run's own are now (default: where they were)
-    split: str | None = None,  # which of these images: train, valid, test or all (default: the last one there is)
+    split: str | None = None,  # train, valid, test or all (default: test, else valid; all if there are no splits)
     out: str | None = None,  # folder for the report on other images or splits (default: one in the run's folder)
     tta: bool = False,  # also measure the accuracy with test-time augmentation
 ):

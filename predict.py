@@ -50,11 +50,11 @@ def find_files(images: list[str]) -> list[Path]:
 def main(
     run: str,  # folder of a finished run, or its model.safetensors
     images: Annotated[str, {"nargs": "+"}],  # files, folders, or - for a list of files from the standard input
-    topk: int = 3,  # classes to show of each image
-    tta: bool = False,  # average the predictions for six views of each image
+    topk: int = 3,  # classes to show for each image
+    tta: bool = False,  # average the predictions for shifted and mirrored views of each image
     gradcam: str | None = None,  # folder for plots that show where the evidence for the likeliest class lies
-    json: str | None = None,  # file for the probabilities of all classes
-    csv: str | None = None,  # file for the table
+    json: str | None = None,  # JSON file for the probabilities of all classes
+    csv: str | None = None,  # CSV file for the table
 ):
     "Classify images with a finished run."
     classifier = Classifier.load(run)

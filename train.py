@@ -170,7 +170,7 @@ def start(options: Options, given):
         run = from_first(Run.open, options.resume, options.runs_dir)
         options = run.check_options(given)
         if from_first(lambda: run.is_finished):
-            print(f"{run.path} is finished, there is nothing to resume")
+            print(f"{run.path} is finished; there is nothing to resume")
             return
     set_seed(options.seed, reproducible=True)
 

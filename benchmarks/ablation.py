@@ -116,8 +116,8 @@ def table(name: str, results: dict) -> str:
 def main(
     recipe: Annotated[str, choices(*VARIANTS)],  # whose hyperparameters are varied
     data: str = "cifar10",  # as for train.py
-    width: int = 16,  # of the ResNet
-    seeds: int = 1,  # trainings per row
+    width: int = 16,  # width of the ResNet
+    seeds: int = 1,  # runs per row
     out: str = "",  # JSON file for the results of all recipes
 ):
     "Train a small model by a recipe, and by the same recipe with one thing changed, and compare them."

@@ -38,7 +38,7 @@ COMPILING = 120  # seconds that torch.compile needs, about
 
 
 class TimeSteps(Callback):
-    """Measure so many training steps in a row, after those to warm up, and end: `begin` and `end` are called there."""
+    """Time `steps` training steps after some to warm up, calling `begin` and `end` around them, and then stop."""
 
     order, run_valid = 1000, False
 
@@ -193,11 +193,11 @@ def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, e
 
 def main(
     data: str = "cifar10",  # as for train.py
-    steps: int = 60,  # of each way per round, all in one epoch
-    rounds: int = 5,  # in which the ways alternate
-    seeds: int = 5,  # trainings by each recipe
-    width: int = 64,  # of the ResNet
-    minutes: float = 9.0,  # for everything
+    steps: int = 60,  # steps of each variant per round, all in one epoch
+    rounds: int = 5,  # rounds, in which the variants alternate
+    seeds: int = 5,  # runs by each recipe
+    width: int = 64,  # width of the ResNet
+    minutes: float = 9.0,  # time limit for everything
     out: str = "",  # JSON file for the results
 ):
     "Measure steps and whole trainings on a CUDA GPU."

@@ -1,8 +1,8 @@
-"""Train on more images than a limit of memory holds: `python -m benchmarks.memory --out results/memory.json`
+"""The memory that training on many images takes: `python -m benchmarks.memory --out results/memory.json`
 
-Makes that many JPEG files of two classes, trains a narrow model on all of them for an epoch by train.py, and reports
-the peak resident size of its largest process. With `--processes 2`, torchrun starts so many of them, and Linux tells
-their peak proportional set sizes, too, in which a page that several processes share counts in equal parts.
+Makes JPEG files of two classes, trains a narrow model by train.py for an epoch on four fifths of them, and reports the
+peak resident size of its largest process. With `--processes 2`, torchrun starts two of them, and their peak
+proportional set sizes are reported, too, in which a page that several processes share counts in equal parts.
 """
 
 import io
@@ -54,13 +54,13 @@ def watch(launcher: subprocess.Popen) -> list[float]:
 
 
 def main(
-    images: int = 200_000,  # to train on
+    images: int = 200_000,  # files to make
     size: int = 128,  # their side in pixels
-    processes: int = 1,  # to train in
-    width: int = 4,  # of the ResNet
+    processes: int = 1,  # that train
+    width: int = 4,  # width of the ResNet
     out: str = "",  # JSON file for the results
 ):
-    "Train on more images than the memory should hold, and measure the peak memory."
+    "Measure the peak memory of a training on many images."
     import resource  # which Windows does not have
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -110,7 +110,7 @@ def measure(bs: int, steps: int, width: int, warmup: int = 2) -> dict:
 def main(
     bs: int = 128,  # batch size
     steps: int = 20,  # measured steps of each
-    width: int = 64,  # of the ResNet
+    width: int = 64,  # width of the ResNet
     out: str = "",  # JSON file for the results
 ):
     "Compare a training step of our Learner with one of a plain PyTorch loop."

@@ -76,7 +76,7 @@ def outcome(run: Path) -> list:
 
 def main(
     runs: int = 20,  # runs to kill
-    seed: int = 0,  # of the phases and moments
+    seed: int = 0,  # random seed of the moments
     out: str = "",  # JSON file for the record
     victim: str = "",  # for internal use
 ):

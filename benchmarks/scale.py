@@ -107,7 +107,7 @@ def main(
     steps: int = 8,  # to time in each turn, after one to warm up
     rounds: int = 3,  # turns of each number
     batch_size: int = 512,  # of all processes together
-    width: int = 64,  # of the ResNet
+    width: int = 64,  # width of the ResNet
     gpu: str = "results/gpu.json",  # what benchmarks.gpu measured on one GPU, for the projection
     worker: bool = False,  # be one of the processes; for internal use
     out: str = "",  # JSON file for the results

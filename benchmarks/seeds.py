@@ -55,11 +55,11 @@ def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int = 64) -> 
 def main(
     recipe: Annotated[str, choices(*RECIPES)],  # how to train
     data: str = "cifar10",  # as for train.py
-    seeds: int = 5,  # trainings
+    seeds: int = 5,  # runs
     first: int = 0,  # seed of the first of them
     valid: Annotated[str, choices("test", "holdout")] = "test",  # as for train.py
     changes: str = "{}",  # to the recipe, in JSON: '{"label_smoothing": 0}'
-    width: int = 64,  # of the ResNet
+    width: int = 64,  # width of the ResNet
     out: str = "",  # folder for the results
 ):
     "Train by a recipe from several seeds, and write the metrics of each."

@@ -249,7 +249,7 @@ def main(
     bs: int = 512,  # batch size
     steps: int = 2,  # measured steps of each way in a round
     rounds: int = 4,  # in which all ways alternate
-    width: int = 64,  # of the ResNet
+    width: int = 64,  # width of the ResNet
     out: str = "",  # JSON file for the results
 ):
     "Compare our training with other ways and with the machine's limit."

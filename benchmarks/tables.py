@@ -1,6 +1,6 @@
 """Write the tables of README.md and docs/, from the code and from results/: `python -m benchmarks.tables`
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a function in `TABLES`.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a function in `TABLES`.
 """
 
 import json
@@ -20,7 +20,7 @@ from cifar10.recipes import RECIPES
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-RUNS = {  # folder in results/ → recipe, what was typed beside it, and the version whose recipe it was if not today's
+RUNS = {  # folder in results/ → recipe, what was typed besides it, and the version whose recipe it was if not today's
     "cifar10-best": ("best", "", ""),
     "cifar10-fast": ("fast", "", ""),
     "cifar10-faster": ("faster", "", ""),
@@ -79,13 +79,13 @@ def recipes() -> str:
         "peak learning rate": lambda r: r.lr_max or "found",
         "at epoch": lambda r: f"{r.peak_epoch:g}",
         "at the end": lambda r: "near zero" if r.annihilate else "as at the start",
-        "rise and fall": lambda r: {"cos": "cosine", "linear": "straight"}[r.anneal_strategy],
+        "shape of rise and fall": lambda r: {"cos": "cosine", "linear": "linear"}[r.anneal_strategy],
         "learning rate of convolutions": lambda r: f"{r.muon_lr_scale:g} ×",
         "learning rate of normalization's biases": lambda r: f"{r.norm_bias_lr_scale:g} ×",
         "scales of normalization": lambda r: "trained" if r.train_norm_scales else "as initialized",
         "weight decay of the FC layer": lambda r: f"{r.weight_decay:g}",
         "label smoothing": lambda r: f"{r.label_smoothing:g}",
-        "shifts up to": lambda r: f"{r.crop_padding} pixels",
+        "padding of random crops": lambda r: f"{r.crop_padding} pixels",
         "Cutout": lambda r: f"{r.cutout}×{r.cutout}" if r.cutout else "none",
         "training images": lambda r: ", ".join(f"{side}×{side} until {until:.0%}" for side, until in r.sizes),
         "frozen layers": lambda r: ", ".join(f"{layer} from {begin:.0%}" for layer, begin in r.freeze) or "none",

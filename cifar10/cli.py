@@ -85,7 +85,7 @@ class Parser(ArgumentParser):
 
 
 def fails_first() -> bool:
-    """Whether no other process of a training in several is known to have reported a failure before."""
+    """Whether this process is the first to report a failure, as far as is known."""
     rank = os.environ.get("RANK", "0")
     if not dist.is_available() or not dist.is_initialized():
         if rank != "0":

@@ -122,7 +122,7 @@ class TensorDL(TfmdDL):
         )
 
     def batch(self, indices: Tensor) -> tuple:
-        """Images uint8 `(n, 3, 32, 32)`, and labels int64 `(n,)` if the data set has them, on the device."""
+        """Images uint8 `(n, 3, size, size)`, and labels int64 `(n,)` if the data set has them, on the device."""
         if self.table and self.pixels is self.table.pixels:
             self.pixels = self.table.pixels_on(torch.device(self.device))
         elif isinstance(self.pixels, Tensor):

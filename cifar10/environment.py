@@ -1,4 +1,4 @@
-"""What a result may depend on beside options and recipe: versions, hardware, the commit of this repository."""
+"""What a result may depend on besides options and recipe: versions, hardware, the commit of this repository."""
 
 import platform
 import subprocess

@@ -204,7 +204,7 @@ class ImageTable:
 
 
 def suspicious(pixels: PixelFile, places: list[tuple[str, str]], flat: bool) -> dict[str, list[int]]:
-    """What may be wrong with images, and with which rows; `places` are the split and class of each."""
+    """What may be wrong with images → their rows; `places` are the split and class of each."""
     one_color, content = [], []
     for chunk in pixels.chunks():
         darkest, brightest = chunk.flatten(2).aminmax(dim=2)
@@ -217,7 +217,7 @@ def suspicious(pixels: PixelFile, places: list[tuple[str, str]], flat: bool) -> 
     known = [(row, split, classes.get(content[row], [])) for row, (split, _) in enumerate(places)]
     found = {
         "show one color only": [row for row, single in enumerate(one_color) if single],
-        "are validation images, but identical to training images": [
+        "are validation or test images, but identical to training images": [
             row for row, split, same in known if split != "train" and same
         ],
         "are in two classes of train": [row for row, split, same in known if split == "train" and len({*same}) > 1],

@@ -13,9 +13,9 @@ PIXELS_AT_ONCE = 2**19  # in a channel; there are 27 numbers for each
 
 @torch.no_grad()
 def init_dirac(model: nn.Module):
-    """The first filters of each convolution hand their input on, as far as it is as wide; others stay as they are.
+    """The first filters of each convolution but the first pass their input on; the others stay as they are.
 
-    All but the first convolution, so that in the beginning an image's whitened patches reach the head.
+    So an image's whitened patches reach the head from the start.
     Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
     """
     _, *others = (m for m in model.modules() if isinstance(m, nn.Conv2d))

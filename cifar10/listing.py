@@ -43,7 +43,7 @@ class Listing:
                 self.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
         for split in classes:
             if missing := [name for name in classes["train"] if name not in classes[split]]:
-                self.notes.append(f"{split}/ has no images of {enumerate_names(missing)}, so that they can't be judged")
+                self.notes.append(f"{split}/ has no images of {enumerate_names(missing)}, so they can't be evaluated")
 
 
 def list_folder(folder: Path) -> Listing:

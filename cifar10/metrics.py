@@ -58,7 +58,7 @@ def calibration_error(preds: Tensor, targs: Tensor) -> float:
 
 
 def fit_temperature(preds: Tensor, targs: Tensor) -> float:
-    """The number that the logits are best divided by, judged by the cross-entropy. Fit it on images of their own."""
+    """The number to divide the logits by for the lowest cross-entropy. Fit it on images of their own."""
     logits = log_probabilities(preds.double())
     loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targs).item()  # noqa: E731
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))

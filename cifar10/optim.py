@@ -15,7 +15,7 @@ def zeropower_via_newtonschulz(matrices: list[Tensor], steps: int = 3, dtype=tor
     A few steps of Newton-Schulz iteration, without a decomposition. All steps are polynomials in the same small
     Gram matrix, so they are multiplied there, and the matrix itself is used only twice.
     These two products are computed in `dtype`; rounding to bfloat16 changes the result by less than a hundredth.
-    A GPU multiplies all Gram matrices of the same size at once, because it's done with one sooner than the next begins.
+    A GPU multiplies all Gram matrices of one size at once, because starting a product takes longer than computing it.
     """
     wide = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]
     wide = [(m / (m.norm() + 1e-7)).to(dtype) for m in wide]

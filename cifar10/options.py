@@ -17,17 +17,17 @@ class Options:
     """Train the assignment's ResNet with the one-cycle policy; write metrics and plots to a run folder."""
 
     data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
-    recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # as assigned, in fewer epochs, or with free choices
+    recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # as assigned, with fewer epochs (fast, faster), or best
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
-    valid_pct: float | None = None  # part of train to validate on (default: 0.1; 0.2 without a test split)
+    valid_pct: float | None = None  # part of train to hold out (default: 0.1; 0.2 for a folder without splits)
     weighted: bool = False  # draw the training images of all classes equally often
     skip_broken: bool = False  # leave out images that can't be read, and train on the rest
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
-    peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, in proportion)
-    batch_size: int | None = None  # images per step (default: the recipe's; 64 with fewer than 10,000)
+    peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, scaled with epochs)
+    batch_size: int | None = None  # images per step (default: the recipe's; 64 for fewer than 10,000 images)
     lr_max: float | None = None  # highest learning rate (default: the recipe's, or from the LR finder)
-    lr_min: float | None = None  # initial learning rate (default: the recipe's, found, or lr_max / 100)
+    lr_min: float | None = None  # initial learning rate (default: the recipe's, from the LR finder, or lr_max / 100)
     annihilate: Annotated[bool | None, YES_NO] = None  # end near zero instead of at lr_min (default: the recipe's)
     flip: Annotated[bool | None, YES_NO] = None  # mirror training images at random (default: yes; no on the digits)
     clip: float | None = None  # clip gradients by value (default: no; the assignment's notebook uses 0.1)
@@ -37,7 +37,7 @@ class Options:
     precision: Annotated[str, choices("auto", "fp32", "bf16", "fp16")] = "auto"  # auto picks the fastest
     device: Annotated[str, choices("auto", "cpu", "cuda", "mps")] = "auto"  # device to train on
     tracker: Annotated[str, choices("none", "tensorboard", "wandb")] = "none"  # also log to an experiment tracker
-    timeout: Annotated[float, POSITIVE] = 120  # seconds until a process of several that does not answer counts as lost
+    timeout: Annotated[float, POSITIVE] = 120  # seconds after which a process that does not answer counts as lost
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 42  # random seed; on the same CPU it gives the same weights
     runs_dir: str = "runs"  # folder that holds the runs
     name: str | None = None  # name of the run folder (default: <date>-<time>-<data>-<recipe>)

@@ -1,4 +1,4 @@
-"""The report as a web page, report.html: one file with everything in it, which asks nothing of any server."""
+"""The report as a web page, report.html: one file with all of it inside, which loads nothing from a server."""
 
 import base64
 import shlex

@@ -56,7 +56,7 @@ def choices(*values: str) -> dict:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train the ResNet in one cycle of the learning rate. The defaults are the assignment's, without tricks.
+    """How to train the ResNet in one cycle of the learning rate. The defaults are for the assignment's 24 epochs.
 
     Raises `UserError` for a value that makes no sense. Learning rates are for a loss that is a mean over the batch.
     """
@@ -72,8 +72,8 @@ class Recipe:
     anneal_strategy: Annotated[str, choices("cos", "linear")] = "cos"  # how the learning rate rises and falls
     validate: Annotated[str, choices("each", "last")] = "each"  # after each epoch, or after the last one only
 
-    # Data. As assigned: batches of 512, RandomCrop after padding by 4 → FlipLR → Cutout 8×8. All pixels are those of
-    # 32×32 images; larger images have as many more.
+    # Data. As assigned: batches of 512, RandomCrop after padding by 4 → FlipLR → Cutout 8×8. Pixels are those of 32×32
+    # images; for larger images they grow in proportion.
     batch_size: Annotated[int, Bounds(1)] = 512
     weighted: bool = False  # draw all classes equally often
     crop_padding: Annotated[int, Bounds(0, 31)] = 4  # pixels on each side
@@ -86,8 +86,8 @@ class Recipe:
     # Layers of the model that are not trained any more, and from which part of the training on.
     freeze: tuple[tuple[str, float], ...] = ()
 
-    # Initialization: convolutions that hand on their input, and first filters that whiten it and stay as they are, give
-    # the layers behind something to work with from the first step on. "default" is PyTorch's initialization.
+    # Initialization: Dirac filters pass their input on, and the first filters whiten the images and are not trained, so
+    # that later layers get useful input from the first step on. "default" is PyTorch's initialization.
     init: Annotated[str, choices("default", "dirac")] = "default"
     whiten: bool = False
 
@@ -153,9 +153,9 @@ SMALL = 10_000  # training images; with fewer, batches of 512 would leave only a
 # The assignment as written; what it leaves open is chosen above and here.
 ASSIGNMENT = Recipe(name="assignment", init="dirac", whiten=True)
 
-# A third of the epochs: larger steps; biases of batch normalization that follow at once, while its scales stay; more
-# label smoothing instead of Cutout and large shifts, which pay in long trainings only; and no work that can be spared,
-# with small images first and early layers frozen in the end.
+# A third of the epochs, with larger steps. The biases of batch normalization have a higher learning rate, its scales
+# are not trained. Label smoothing replaces Cutout and large shifts, which help in long runs only. Small images in the
+# beginning and frozen layers in the end save operations.
 FAST = replace(
     ASSIGNMENT, name="fast", epochs=8, peak_epoch=1.6, lr_max=0.5, lr_min=0.1, annihilate=True,
     anneal_strategy="linear", validate="last", crop_padding=2, cutout=0, label_smoothing=0.2,
@@ -166,7 +166,7 @@ FAST = replace(
 # Three epochs fewer, and more of them on small images.
 FASTER = replace(FAST, name="faster", epochs=5, peak_epoch=1, sizes=((24, 0.35), (28, 0.5), (32, 1.0)))
 
-# The most that 24 epochs give: twice as many steps, a larger Cutout, and down to a learning rate near zero.
+# 24 epochs with free choices: twice as many steps, a larger Cutout, and down to a learning rate near zero.
 BEST = replace(
     ASSIGNMENT, name="best", batch_size=256, peak_epoch=4.8, lr_max=0.084, annihilate=True, anneal_strategy="linear",
     cutout=12, muon_lr_scale=0.286,

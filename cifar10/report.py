@@ -1,4 +1,4 @@
-"""The report of a model on labeled images: report.md, report.html and plots. run.py saves everything else."""
+"""The report of a model on labeled images: report.md and plots. page.py makes a web page of it."""
 
 from itertools import zip_longest
 from pathlib import Path
@@ -32,8 +32,8 @@ PLOTS = {
     "calibration": plot_calibration,
 }
 WHAT_SUSPECTS_MEAN = (
-    "Misclassified images, ordered by how much likelier the model finds another class than the label. It has not been"
-    " trained on them, so look at them: some labels may be wrong, and others show what it has not understood."
+    "Misclassified images, ordered by how much likelier the model finds another class than the label. Some of these"
+    " labels may be wrong. The list says little about images that the model was trained on."
 )
 
 
@@ -73,9 +73,8 @@ def statements(metrics: dict[str, Any]) -> list[str]:
     """What the numbers say, in sentences."""
     low, high = metrics["accuracy_interval"]
     said = [
-        f"On other images of the same kind, the accuracy would be between {low:.2%} and {high:.2%} (Wilson's 95%"
-        " confidence interval).",
-        f"The expected calibration error, how far probabilities are from accuracies on average, is"
+        f"The 95% confidence interval of the accuracy (Wilson's) is {low:.2%} to {high:.2%}.",
+        f"The expected calibration error, the mean difference between probability and accuracy, is"
         f" {metrics['calibration_error']:.1%}.",
     ]
     if metrics["temperature"]:
@@ -120,8 +119,8 @@ def save_images(interp: Interpretation, folder: Path):
 def write_report(learn: Learner, folder: Path, images: str = "images") -> tuple[Interpretation, dict[str, Any]]:
     """Write report.md and plots into a folder, with curves if it is the folder of a run.
 
-    Judged are the test images, or the validation images if there are no others; then there is nothing to fit a
-    temperature on. `images` says which ones they are. Returns the predictions and their metrics.
+    It is about the test images, or the validation images if there are no others; then no temperature is fitted.
+    `images` says which ones they are. Returns the predictions and their metrics.
     """
     interp = Interpretation(learn, learn.dls[len(learn.dls.loaders) - 1])
     temperature = None

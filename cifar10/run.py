@@ -26,7 +26,7 @@ from cifar10.files import WriteError, load_tensors, save_tensors, write_csv, wri
 from cifar10.options import Options
 from cifar10.recipes import Recipe
 
-FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when older code can't read the new files
+FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when this code can no longer read older files
 WEIGHTS = "model.safetensors"
 HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
 
@@ -111,7 +111,7 @@ class Run:
         """Raise `UserError` unless the Learner has the images that the run was started with."""
         images = learn.dls.train.table
         if images.hash != self.sha256:
-            raise UserError(f"the images in {images.folder} are not those that {self.path} was started with")
+            raise UserError(f"the images in {images.folder} are not those of {self.path}; give --data another path")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -146,7 +146,7 @@ class Run:
     def resume_command(self, script: str = "") -> str:
         """What to type to resume this run."""
         if is_distributed() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-            return f"the same command on each host, with {shlex.join(['--resume', str(self.path)])} for its --name"
+            return f"the same command on each host, with {shlex.join(['--resume', str(self.path)])} in place of --name"
         if is_distributed():
             count = os.environ.get("LOCAL_WORLD_SIZE", str(num_distrib()))
             python = ["torchrun", "--standalone", "--nproc_per_node", count]

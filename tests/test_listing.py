@@ -163,7 +163,7 @@ def told(folder, capsys) -> str:
 
 def test_classes_without_validation_images_are_told(folder, capsys):
     shutil.rmtree(folder / "test/bar")
-    assert told(folder, capsys) == "set: test/ has no images of bar, so that they can't be judged"
+    assert told(folder, capsys) == "set: test/ has no images of bar, so they can't be evaluated"
 
 
 def test_what_systems_leave_in_folders_is_no_class(folder, capsys):
@@ -189,7 +189,7 @@ def test_leaks_and_contradictions_are_told(folder, capsys):
     shutil.copy(folder / "train/ring/1.png", folder / "test/ring/copied.png")
     shutil.copy(folder / "train/bar/2.png", folder / "train/cross/also.png")
     assert told(folder, capsys).splitlines() == [
-        "set: 1 of 20 images are validation images, but identical to training images: test/ring/copied.png",
+        "set: 1 of 20 images are validation or test images, but identical to training images: test/ring/copied.png",
         "set: 2 of 20 images are in two classes of train: train/bar/2.png, train/cross/also.png",
     ]
 

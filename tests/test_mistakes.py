@@ -376,7 +376,7 @@ def change_config(run: Path, change):
         (lambda config: config.pop("options"), "KeyError: 'options'"),
         (lambda config: config.update(format=1), "run has format 1, not 3"),
         (lambda config: config["options"].update(data="gone"), "there is no gone"),
-        (lambda config: config["data"].update(sha256="0" * 64), "are not those that run was started with"),
+        (lambda config: config["data"].update(sha256="0" * 64), "are not those of run; give --data another path"),
     ],
 )
 @pytest.mark.parametrize("script", ["train.py", "interpret.py"])
