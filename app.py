@@ -147,9 +147,9 @@ def main(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = build(classifier, weights.parent)
     address = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
-    folders = [str(weights.parent.resolve())]
+    images = [str(weights.parent.resolve() / name) for name in ("examples", "misclassified", "misclassified.png")]
     _, url, shared = page.launch(
-        server_name=address, server_port=port, share=share, allowed_paths=folders, quiet=True, prevent_thread_lock=True
+        server_name=address, server_port=port, share=share, allowed_paths=images, quiet=True, prevent_thread_lock=True
     )
     print(f"The page is at {shared or url}; stop it with Ctrl-C", flush=True)
     page.block_thread()

@@ -19,7 +19,8 @@ def main(
     run: str,  # folder of a finished run
     data: str | None = None,  # other labeled images, or where the run's own are now (default: where they were)
     split: str | None = None,  # train, valid, test or all (default: test, else valid; all if there are no splits)
-    out: str | None = None,  # folder for the report on other images or splits (default: one in the run's folder)
+    out: str | None = None,  # folder for the report (default: the run's, or one in it for other images or splits)
+    skip_broken: bool = False,  # leave out images that can't be read
     tta: bool = False,  # also measure the accuracy with test-time augmentation
 ):
     "Write the plots and the report of a finished run, on its own images or on others."
@@ -32,34 +33,35 @@ def main(
     except (TypeError, ValueError) as reason:
         raise UserError(f"{run}/config.json does not describe a model ({reason})") from None
     finished.load_weights(model)
-    place = dict(skip_broken=options.skip_broken, size=finished.size, valid_pct=options.valid_pct)
+    place = dict(skip_broken=skip_broken or options.skip_broken, size=finished.size, valid_pct=options.valid_pct)
     images = ImageTable.open(data or options.data, **place)
     settings = dict(bs=recipe.batch_size, valid=options.valid, stats=(finished.mean, finished.std))
-    own = images.hash == finished.sha256 and not split and not out
-    if own or not (data or split or out):  # whose data must be its own, see below
-        folder, about = finished.path, f"{images.name} images"
+    own = not split and (not data or images.hash == finished.sha256)
+    if own:
+        folder, about = Path(out or finished.path), f"{images.name} images"
     else:
         if images.ranges and images.ranges != finished.ranges:
-            images = ImageTable.open(data, **place, ranges=finished.ranges)  # as the model knows them
+            images = ImageTable.open(data or options.data, **place, ranges=finished.ranges)  # as the model knows them
         split = split or ("all" if images.flat else images.splits[-1])
         folder, about = Path(out or finished.path / f"{images.name}-{split}"), f"{images.name} images ({split})"
-        folder.mkdir(parents=True, exist_ok=True)
         settings |= dict(only=split, classes=finished.classes)
+    folder.mkdir(parents=True, exist_ok=True)
     dls = get_dls(images, **settings)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
     learn = get_learner(dls, model, recipe, "fp32" if options.precision == "fp32" else "auto")
-    if folder == finished.path:
+    if own:
         finished.check_data(learn)
     interp, metrics = write_report(learn, folder, about)
     print(f"{run}: {metrics['accuracy']:.2%} of {metrics['images']:,} {about} correct; see {folder / 'report.html'}")
     if tta:
         metrics["tta_accuracy"] = tta_accuracy(interp, recipe.flip)
         print(f"With test-time augmentation: {metrics['tta_accuracy']:.2%}")
-    if own:
+    if folder == finished.path:
         finished.write_metrics(**{"tta_accuracy": metrics["tta_accuracy"]} if tta else {})
+        metrics = finished.metrics | metrics
     else:
         write_json(folder / "metrics.json", metrics)
-    write_html(interp, finished.metrics | metrics if own else metrics, finished, folder, about)
+    write_html(interp, metrics, finished, folder, about)
 
 
 if __name__ == "__main__":

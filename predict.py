@@ -1,5 +1,6 @@
 """Classify images with a finished run: `python predict.py RUN photos/ cat.jpg`; in Python, `Classifier.load(RUN)`."""
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,10 +18,9 @@ from cifar10.cli import UserError
 from cifar10.decode import decode_image, printable
 from cifar10.files import write, write_json
 from cifar10.listing import list_images
+from cifar10.pixels import images_at_once
 from cifar10.plots import plot_explained, save_figure
 from model import ResNet
-
-AT_ONCE = 10_000  # images in memory
 
 
 class Classifier(classifier.Classifier):
@@ -36,7 +36,7 @@ def find_files(images: list[str]) -> list[Path]:
     files: list[Path] = []
     for name in images:
         if name == "-":
-            files += [Path(line) for line in sys.stdin.read().splitlines() if line]
+            files += [Path(line) for line in os.fsdecode(sys.stdin.buffer.read()).splitlines() if line]
         elif Path(name).is_dir():
             found = list(list_images(Path(name), Counter()))
             if not found:
@@ -67,7 +67,7 @@ def main(
     if gradcam and Path(gradcam).is_file():
         raise UserError(f"{gradcam} is a file; give a folder for the plots")
     rows, probabilities, failed = [], {}, 0
-    for some in chunked(files, AT_ONCE):
+    for some in chunked(files, images_at_once(classifier.size)):
         preds, good, broken = classifier.predict_files(some, tta)
         for i, why in broken.items():
             print(f"{printable(some[i])} can't be used as an image ({why})", file=sys.stderr)

@@ -133,9 +133,8 @@ def train(learn: Learner, run: Run, started: float):
     seconds, flop = learn.recorder.train_seconds, learn.recorder.flop  # the report starts the recorder anew
     images = f"{data['name']} images"
     interp, metrics = write_report(learn, run.path, images)
-    metrics["tta_accuracy"] = tta_accuracy(interp, recipe.flip)
-    run.write_metrics(
-        **metrics,
+    metrics |= dict(
+        tta_accuracy=tta_accuracy(interp, recipe.flip),
         epochs=recipe.epochs,
         seconds=time.time() - started,  # without the time between a stop and the resume
         seconds_training=seconds,  # without validation
@@ -143,6 +142,7 @@ def train(learn: Learner, run: Run, started: float):
         images_per_second=recipe.epochs * len(learn.dls.train) * learn.dls.bs / seconds,
     )
     write_html(interp, metrics, run, run.path, images)
+    run.write_metrics(**metrics)  # last, because with it the run is finished
     print(f"{data['name']}: {metrics['accuracy']:.2%} of {metrics['images']:,} images correct,"
           f" {metrics['tta_accuracy']:.2%} with test-time augmentation. See {run.path / 'report.html'}")  # fmt: skip
 

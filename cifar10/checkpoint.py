@@ -75,6 +75,7 @@ def load_state_dict(learn: Learner, tensors: dict[str, Tensor], state: dict[str,
     recorder.values, recorder.seconds = [L(row) for row in state["values"]], state["seconds"]
     recorder.extra = state["extra"]
     recorder.train_seconds, recorder.flop = state["train_seconds"], state.get("flop", 0.0)
+    learn.train_iter = len(tensors["losses"])  # by which TensorBoard goes
 
 
 class SaveCheckpoint(Callback):

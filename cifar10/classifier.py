@@ -84,12 +84,9 @@ class Classifier:
         return torch.cat([torch.empty(0, len(self.classes)), *probabilities])
 
     def logits(self, x: Tensor) -> Tensor:
-        with self.autocast():
-            return self.model(x).float()
-
-    def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+        with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
+            return self.model(x).float()
 
     def predict(self, images: Sequence | Any, tta: bool = False) -> Tensor:
         """Probabilities `(N, classes)` of images: paths, PIL images, arrays or tensors, see `decode_image`; or of one.

@@ -167,9 +167,8 @@ def full_range(kind: str, lowest: float, highest: float) -> tuple[float, float]:
 
 def to_8_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
     """`(H, W, C)` as an image in which `low` is 0 and `high` is 255; alpha always uses all of 16 bits."""
-    scaled = (
-        (np.nan_to_num(values.astype(float), nan=low, posinf=high, neginf=low) - low) * 255 / max(high - low, 1e-30)
-    )
+    finite = np.nan_to_num(values.astype(float), nan=low, posinf=high, neginf=low)
+    scaled = (finite - low) * 255 / max(high - low, 1e-30)
     if values.shape[2] in (2, 4):
         scaled[..., -1] = values[..., -1] / 257
     return as_image(scaled.clip(0, 255).round())

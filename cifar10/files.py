@@ -38,11 +38,16 @@ class CorruptFileError(UserError):
 
 def write(path: Path, content: str | bytes):
     """Write `path` atomically: whatever happens, it has the old content or the new. Raises `WriteError`."""
+    # A file name in the content may hold bytes that are not UTF-8.
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout or a pipe
+        path.write_bytes(content)
+        return
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
-            # A file name in the content may hold bytes that are not UTF-8.
-            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastai.vision.all import fastai_path
+from fastai.vision.all import chunked, fastai_path
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -68,6 +68,8 @@ class ImageTable:
         if lost := {*self.classes} - {*counts}:
             where = folder if listing.flat else f"{folder}/train"
             raise UserError(f"no image of {enumerate_names(lost)} in {where} can be used; repair or remove it")
+        if lost := {*self.splits} - {*self.split}:
+            raise UserError(f"no image in {folder}/{enumerate_names(lost)} can be used; repair or remove it")
         for what, rows in state["found"].items():
             names = [relative(self.files[row], folder) for row in rows]
             notes.append(f"{len(rows):,} of {len(self.files):,} images {what}: {enumerate_names(names)}")
@@ -75,10 +77,8 @@ class ImageTable:
                 raise UserError(f"{notes[-1]}; all are the same, check how the files were made")
         (most, many), (least, few) = counts.most_common()[0], counts.most_common()[-1]
         if many > IMBALANCE * few:
-            notes.append(
-                f"{printable(most)} has {many:,} training images and {printable(least)} {few:,}: look at the accuracy"
-                " per class, and consider --weighted, which draws all classes equally often"
-            )
+            few_and_many = f"{printable(most)} has {many:,} training images and {printable(least)} {few:,}"
+            notes.append(f"{few_and_many}: look at the accuracy per class, and consider --weighted")
         for note in notes:
             print(f"{self.name}: {note}")
 
@@ -114,6 +114,8 @@ class ImageTable:
         if not others:
             names = "test/, valid/ or val/ with class folders"
             raise UserError(f"{self.folder} has no {names} beside train/; add one or use --valid holdout")
+        if self.valid_pct is not None:
+            raise UserError(f"{self.folder} has splits of its own; add --valid holdout, or leave out --valid_pct")
         return [train, *others]
 
     def rows_of(self, split: str) -> np.ndarray:
@@ -185,7 +187,8 @@ class ImageTable:
                 ranges[kind] = full_range(kind, min(lows), max(highs))
             if used and not self.given:  # again, with the range of all
                 row, again = {i: row for row, i in enumerate(keep)}, [listing.files[i] for i in used]
-                images = (item[0] for item in decode_files(again, ranges, self.size))
+                groups = chunked(again, images_at_once(self.size))
+                images = (item[0] for some in groups for item in decode_files(some, ranges, self.size))
                 overwrite(written, zip((row[i] for i in used), images, strict=True))
             places = [(listing.splits[i], listing.labels[i]) for i in keep]
             found = suspicious(written, places, listing.flat)

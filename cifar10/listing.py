@@ -70,6 +70,9 @@ def list_folder(folder: Path) -> Listing:
     listing.add({split: classes[split] for split in used})
     if nested := sum(len(file.relative_to(folder).parts) > 3 for file in listing.files):
         listing.notes.append(f"{nested:,} images are in folders within a class, and belong to it")
+    folders = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+    if beside := sorted(name for name in folders if name.casefold() not in present):
+        listing.notes.append(f"{enumerate_names(beside)} beside train/ is not used")
     for split in present:
         if split not in used:
             why = f"{used[1]}/ is" if split in fit else "it has none of train's classes"
@@ -104,6 +107,8 @@ def list_table(table: Path) -> Listing:
         rows = pd.read_csv(table, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as reason:
         raise UserError(f"{table} can't be read as a table ({str(reason).strip()})") from None
+    if not isinstance(rows.index, pd.RangeIndex):
+        raise UserError(f"{table} has rows longer than its first line; name all columns, or remove commas at the ends")
     if not {"image", "label"} <= {*rows}:
         raise UserError(f"{table} has the columns {enumerate_names(rows)}; it must have image and label")
     flat = "split" not in rows
@@ -112,7 +117,7 @@ def list_table(table: Path) -> Listing:
     for name, wrong in (
         ("label", rows["label"] == ""),
         ("split", ~rows["split"].isin(("train", *VALID, "test"))),
-        ("image", rows["image"].duplicated()),
+        ("image", rows["image"].map(Path).duplicated()),
     ):
         if wrong.any():
             line, value = wrong.idxmax() + 2, rows[name][wrong.idxmax()]
@@ -178,9 +183,8 @@ def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]], ignor
     where = f"{folder}/{first}".rstrip("/")
     if not any(train.values()):
         raise UserError(f"{folder} holds no images in {first or '.'}/<class>/; it should hold PNG or JPEG files there")
-    if empty := [
-        f"{split}/{name}".lstrip("/") for split in classes for name in classes[split] if not classes[split][name]
-    ]:
+    bare = [(split, name) for split in classes for name in classes[split] if not classes[split][name]]
+    if empty := [f"{split}/{name}".lstrip("/") for split, name in bare]:
         other = kinds(sum((ignored[split] for split in classes), Counter()))
         what = f"{folder} has class folders without images: {enumerate_names(empty)}"
         raise UserError(f"{what}; add some or remove them" + f" (ignored files: {other})" * bool(other))

@@ -87,12 +87,12 @@ def command(options: Options) -> str:
     return shlex.join(["python", "train.py", *words])
 
 
-def facts(run: Run) -> list[list[str]]:
+def facts(run: Run, metrics: dict[str, Any]) -> list[list[str]]:
     """What was trained, on what, and with what."""
-    config, data, hardware, metrics = run.config, run.config["data"], run.config["hardware"], run.metrics
+    config, data, hardware = run.config, run.config["data"], run.config["hardware"]
     splits = ", ".join(f"{data[name]:,} {name}" for name in ("train", "valid", "test") if data.get(name))
     side, recipe = data["size"], run.recipe
-    cpu = hardware.get("cpu_model") or "a CPU"
+    cpu = f"{hardware.get('cpu_model') or 'a CPU'}, {hardware['cpu']}, threads: {hardware['threads']}"
     versions = (f"{name} {version}" for name, version in config["versions"].items())
     return [
         ["command", command(run.options)],
@@ -100,7 +100,7 @@ def facts(run: Run) -> list[list[str]]:
         ["training", f"{recipe.epochs} epochs by the recipe {recipe.name}, {metrics['pflop']:.3g} PFLOP"],
         ["learning rate", f"{config['lr_min']:.2g} → {config['lr_max']:.2g} at epoch {recipe.peak_epoch:.3g}"],
         ["duration", f"{metrics['seconds']:,.0f} seconds, {metrics['images_per_second']:,.0f} images per second"],
-        ["hardware", hardware["gpu"] or f"{cpu}, {hardware['cpu']}, threads: {hardware['threads']}"],
+        ["hardware", hardware["gpu"] if run.options.device == "cuda" else cpu],
         ["precision", run.options.precision],
         ["versions", ", ".join(versions)],
         ["commit", str(config["commit"])],
@@ -114,9 +114,8 @@ def results(run: Run, metrics: dict[str, Any], own: bool) -> FT:
         rows.append(["accuracy with test-time augmentation", percent(metrics["tta_accuracy"], 2)])
     rows.append(["cross-entropy loss", f"{metrics['loss']:.4f}"])
     if own and run.sha256 == CIFAR10 and run.options.valid == "test" and NOTEBOOK.is_file():
-        rows.append(
-            ["accuracy of the assignment's notebook", f"{read_csv(NOTEBOOK)['test_accuracy_percent'][-1]:.2f}%"]
-        )
+        notebook = read_csv(NOTEBOOK)["test_accuracy_percent"][-1]
+        rows.append(["accuracy of the assignment's notebook", f"{notebook:.2f}%"])
     return table(["", "result"], rows)
 
 
@@ -124,13 +123,12 @@ def write_html(interp: Interpretation, metrics: dict[str, Any], run: Run, folder
     """Write report.html into the folder, with the plots that are there. `images` says which ones were classified."""
     title = f"{metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct"
     parts = [Section(results(run, metrics, folder == run.path), *map(P, statements(metrics)))]
-    parts += [
-        plot(folder / f"{name}.png", *about) for name, about in PLOTS.items() if (folder / f"{name}.png").is_file()
-    ]
+    plots = {folder / f"{name}.png": about for name, about in PLOTS.items()}
+    parts += [plot(file, *about) for file, about in plots.items() if file.is_file()]
     for name, (header, rows) in tables(interp, metrics).items():
         explained = [P(WHAT_SUSPECTS_MEAN)] if name == SUSPECTS else []
         parts.append(Section(H2(name), *explained, table(header, rows)))
-    parts.append(Section(H2("The run"), table(["", ""], facts(run))))
+    parts.append(Section(H2("The run"), table(["", ""], facts(run, run.metrics | metrics))))
     metas = Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width, initial-scale=1")
     head = Head(*metas, Title(title), Style(STYLE))
     write(folder / "report.html", to_xml(Html(head, Body(Main(H1(title), *parts)), lang="en")))

@@ -21,18 +21,20 @@ AT_ONCE = 2**27  # bytes to read or decode in one go
 class PixelFile:
     """Images uint8 `(N, 3, size, size)` on the disk, indexed like a tensor.
 
-    Each access maps the file anew, so that what was read before does not count as memory of this process.
+    Each access maps the file anew, so that what was read before does not count as memory of this process. Once `load`
+    has opened it, another process may replace the file at its path by that of other images.
     """
 
     def __init__(self, path: Path, count: int, size: int):
         self.path, self.shape = path, (count, 3, size, size)
+        self.file: Any = path
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows) -> Tensor:
         rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
-        mapped = np.memmap(self.path, np.uint8, "r", shape=self.shape) if len(self) else np.empty(self.shape, np.uint8)
+        mapped = np.memmap(self.file, np.uint8, "r", shape=self.shape) if len(self) else np.empty(self.shape, np.uint8)
         return torch.from_numpy(np.array(mapped[rows]))
 
     def chunks(self) -> Iterator[Tensor]:
@@ -43,7 +45,10 @@ class PixelFile:
 
     def load(self) -> "Tensor | PixelFile":
         """The images in memory, if they are few enough."""
-        return self[:] if np.prod(self.shape) <= IN_MEMORY else self
+        if np.prod(self.shape) <= IN_MEMORY:
+            return self[:]
+        self.file = self.path.open("rb")
+        return self
 
 
 def images_at_once(size: int) -> int:

@@ -132,9 +132,8 @@ def plot_misclassified(interp: Interpretation):
     names = display_names(interp.names, 22)
     captions = ["\n".join(caption(interp, names, row, *each, 29) for each in interp.two_classes(row)) for row in shown]
     rows, lines = -(-len(shown) // 5), 1 + max(text.count("\n") for text in captions)
-    figure, axes = plt.subplots(
-        rows, 5, figsize=(10, 0.5 + (1.9 + 0.15 * lines) * rows), layout="constrained", squeeze=False
-    )
+    height = 0.5 + (1.9 + 0.15 * lines) * rows  # inches
+    figure, axes = plt.subplots(rows, 5, figsize=(10, height), layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, text, image, row in zip(axes.flat, captions, interp.images(shown)[1].cpu(), shown):

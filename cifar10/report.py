@@ -104,9 +104,8 @@ def save_images(interp: Interpretation, folder: Path):
     rows = [row for same in zip_longest(*by_class) for row in same if row is not None][:N_EXAMPLES]
     wrong = interp.misclassified()[:N_MISCLASSIFIED].tolist()
     titles = {row: interp.names[interp.targs[row]] for row in rows}
-    titles_of_wrong = {
-        row: f"{interp.names[interp.targs[row]]}, predicted {interp.names[interp.decoded[row]]}" for row in wrong
-    }
+    predicted = {row: interp.names[interp.decoded[row]] for row in wrong}
+    titles_of_wrong = {row: f"{interp.names[interp.targs[row]]}, predicted {predicted[row]}" for row in wrong}
     for name, chosen in (("examples", titles), ("misclassified", titles_of_wrong)):
         (folder / name).mkdir(exist_ok=True)
         for old in (folder / name).glob("[0-9][0-9]-*.png"):  # of an earlier report; other files are not ours
@@ -129,9 +128,8 @@ def write_report(learn: Learner, folder: Path, images: str = "images") -> tuple[
         if (preds.argmax(dim=1) != targs).any():  # or the best temperature would be zero
             temperature = fit_temperature(preds, targs)
     if missing := fonts_for("".join(interp.names))[1]:
-        print(
-            f"No font here has {''.join(sorted(missing)[:20])}: plots show these classes by their number in report.md"
-        )
+        letters = "".join(sorted(missing)[:20])
+        print(f"No font here has {letters}: plots show these classes by their number in report.md")
     if (folder / "history.csv").is_file():
         plot_curves(folder)
         save_figure(folder / "curves.png")

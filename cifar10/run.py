@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from fastai.vision.all import Learner, Normalize, get_model, num_distrib
+from fastai.vision.all import Learner, Normalize, default_device, get_model, num_distrib
 from filelock import FileLock, Timeout
 from torch import nn
 
@@ -103,8 +103,9 @@ class Run:
         typed = {name: value for name, value in vars(self.options).items() if value is not None}
         known = asdict(self.recipe) | typed | {"name": self.path.name}
         for name, value in given.items():
-            if name not in ("data", "resume", "runs_dir", "timeout") and value != known[name]:
-                raise UserError(f"can't change --{name} on resume: this run was started with {name}={known[name]}")
+            if name not in ("data", "resume", "runs_dir", "timeout") and value != known.get(name):
+                was = f"with {name}={known[name]}" if name in known else "without it"
+                raise UserError(f"can't change --{name} on resume: this run was started {was}")
         return replace(self.options, **{name: given[name] for name in ("data", "timeout") if name in given})
 
     def check_data(self, learn: Learner):
@@ -152,7 +153,9 @@ class Run:
             python = ["torchrun", "--standalone", "--nproc_per_node", count]
         else:
             python = ["python" if shutil.which("python") == sys.executable else sys.executable]
-        return shlex.join([*python, script or sys.argv[0], "--resume", str(self.path)])
+        # The processes join before they read the run, on the fastest device.
+        device = ["--device", "cpu"] if is_distributed() and self.options.device != default_device().type else []
+        return shlex.join([*python, script or sys.argv[0], "--resume", str(self.path), *device])
 
     def update(self, **values):
         """Add or replace entries of config.json."""

@@ -76,9 +76,8 @@ def prepare_data(data: str | Path) -> Source:
             if len(list_folders(flat)) > 1:  # a folder for each class
                 return Source(flat, str(path))
     except FileNotFoundError:
-        raise UserError(
-            f"there is no {data}; --data takes auto, cifar10, digits, or a folder, archive or CSV file"
-        ) from None
+        takes = "auto, cifar10, digits, or a folder, archive or CSV file"
+        raise UserError(f"there is no {data}; --data takes {takes}") from None
     except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
         raise UserError(f"{data} can't be read ({reason})") from None
     raise UserError(f"{path} holds no folders train/<class>/ or <class>/ with images; the README shows the layouts")

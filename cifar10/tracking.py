@@ -1,8 +1,10 @@
 """Experiment trackers, through fastai's own callbacks: TensorBoard, Weights & Biases."""
 
+import re
+
 from fastai.callback.core import Callback
 
-from cifar10.cli import extra
+from cifar10.cli import UserError, extra
 from cifar10.run import Run
 
 
@@ -24,6 +26,10 @@ def tracker_callbacks(run: Run) -> list[Callback]:
 
         integration._format_config = lambda config: None  # fails with fastcore 2.2; run.config says more
         name = run.path.name
-        wandb.init(project="cifar10", name=name, id=name, resume="allow", dir=run.path, config=run.config)
+        settings = dict(id=re.sub(r"[^\w.-]", "-", name), resume="allow", dir=run.path, config=run.config)
+        try:
+            wandb.init(project="cifar10", name=name, **settings)
+        except wandb.Error as reason:
+            raise UserError(f"W&B can't log the run ({reason}); log in, or set WANDB_MODE=offline") from None
         return [integration.WandbCallback(log_preds=False)]
     return []

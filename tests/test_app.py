@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -79,6 +80,15 @@ def test_upload_a_photo_and_see_the_evidence(run):
         upload = wait.until(lambda c: c.find_element(By.CSS_SELECTOR, "#image input[type=file]"))
         upload.send_keys(str(run.parents[1] / "text.png"))
         wait.until(lambda c: "can't be read as an image" in c.find_element(By.TAG_NAME, "body").text)
+
+
+@pytest.mark.slow
+def test_only_images_of_the_report_are_served(run):
+    with serving(ROOT / "app.py", run / "model.safetensors", cwd=run) as address:
+        example = next((run / "examples").iterdir())
+        assert urllib.request.urlopen(f"{address}/gradio_api/file={example}").read() == example.read_bytes()
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{address}/gradio_api/file={run / 'config.json'}")
 
 
 @pytest.mark.slow

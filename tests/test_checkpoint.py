@@ -74,6 +74,7 @@ def test_a_training_that_is_complete_trains_no_more(run, learn, shapes):
     other = small(get_dls(shapes, batch_size=16), clip=1.0)
     other.fit_one_cycle(2, 0.01, cbs=SaveCheckpoint(run, time.time(), last_checkpoint(run)), start_epoch=2)
     after = state(other)
+    assert other.train_iter == learn.train_iter == 6  # where TensorBoard goes on
     assert after[0] == before[0] and after[1]["values"] == before[1]["values"]
 
 

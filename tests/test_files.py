@@ -1,6 +1,7 @@
 """Atomic writes and tables."""
 
 import os
+from threading import Thread
 
 import pytest
 
@@ -14,6 +15,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_pipe_is_written_to_and_a_link_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    read: list[str] = []
+    reader.start()
+    write(tmp_path / "pipe", "text")
+    reader.join()
+    assert read == ["text"] and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to("target")
+    write(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "text"
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):

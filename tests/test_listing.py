@@ -173,6 +173,13 @@ def test_what_systems_leave_in_folders_is_no_class(folder, capsys):
     assert told(folder, capsys) == "set: 5 files ignored: 5 hidden"
 
 
+def test_folders_beside_the_splits_are_told(folder, capsys):
+    for name in ("Test", "more", ".hidden"):
+        (folder / name / "ring").mkdir(parents=True, exist_ok=True)
+    (folder / "test").rename(folder / "valid")
+    assert told(folder, capsys) == "set: Test, more beside train/ is not used"
+
+
 def test_images_in_folders_within_a_class_are_told(folder, capsys):
     (folder / "train/cross/masks").mkdir()
     for i in range(2):
@@ -252,6 +259,13 @@ def test_a_class_that_is_broken_altogether(folder):
     for file in folder.glob("train/ring/*.png"):
         file.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"no image of ring in .*set/train can be used"):
+        ImageTable(folder, skip_broken=True)
+
+
+def test_a_split_that_is_broken_altogether(folder):
+    for file in folder.glob("test/*/*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"no image in .*set/test can be used; repair or remove it"):
         ImageTable(folder, skip_broken=True)
 
 

@@ -406,6 +406,9 @@ def test_options_of_a_run_stay(run):
     refused("--resume", "run", "--nor", "layer", cwd=cwd, says=start.format("norm", "norm=batch"))
     refused("--resume", "run", "--seed=7", cwd=cwd, says=start.format("seed", "seed=42"))
     refused("--resume", "run", "--no-flip", cwd=cwd, says=start.format("flip", "flip=True"))
+    refused(
+        "--resume", "run", "--valid_pct", 0.1, cwd=cwd, says="--valid_pct on resume: this run was started without it"
+    )
     refused("--resume", "run", "--name", "other", cwd=cwd, says=start.format("name", "name=run"))
     same = (
         "--norm",

@@ -13,7 +13,7 @@ from commandline import ROOT, command
 from conftest import make_images
 from PIL import Image
 
-from cifar10 import pixels, sources
+from cifar10 import images, pixels, sources
 from cifar10.cli import UserError
 from cifar10.data import describe
 from cifar10.images import ImageTable
@@ -136,6 +136,8 @@ def test_a_table_with_splits(flat, tmp_path):
         ([("file", "class"), ("a.png", "x")], "has the columns file, class; it must have image and label"),
         ([("image", "label"), ("a.png", "x"), ("b.png", " ")], "line 3: label is ''; it is empty"),
         ([("image", "label"), ("a.png", "x"), ("a.png", "y")], "line 3: image is 'a.png'; it is there twice"),
+        ([("image", "label"), ("a.png", "x"), ("./a.png", "y")], "line 3: image is './a.png'; it is there twice"),
+        ([("image", "label"), ("a.png", "x", ""), ("b.png", "y", "")], "has rows longer than its first line; name"),
         ([("image", "label", "split"), ("a.png", "x", "dev")], "line 2: split is 'dev'; it must be train"),
         ([("image", "label"), ("a.png", "x"), ("b.png", "x")], "images of one class only, x"),
         ([("image", "label"), ("a.png", "x"), ("b.png", "y")], r"2 of 2 images can't be used: a.png \(No such file"),
@@ -186,6 +188,50 @@ def test_from_the_disk_as_from_memory(tmp_path, monkeypatch):
     assert torch.equal(next(iter(one.valid))[0], next(iter(other.valid))[0])
     disk.cache.unlink()
     assert ImageTable(folder).hash == memory.hash  # decoded again, in chunks
+
+
+def test_a_training_keeps_its_pixels_when_another_program_replaces_the_cache(tmp_path, monkeypatch):
+    folder = make_images(tmp_path / "images")
+    monkeypatch.setattr(pixels, "IN_MEMORY", 0)
+    disk = ImageTable(folder)
+    before = disk.pixels[:].clone()
+    Image.new("RGB", (32, 32), "red").save(folder / "train/cross/00.png")  # the first one by name
+    other = ImageTable(folder)
+    assert other.cache == disk.cache and len(other.pixels) == 65 and not torch.equal(other.pixels[:64], before)
+    assert torch.equal(disk.pixels[:], before)
+
+
+def test_images_of_many_bits_are_decoded_in_groups(tmp_path, monkeypatch):
+    folder = make_images(tmp_path / "images", train=10, test=4)
+    for file in folder.rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(file).convert("L")).astype(np.uint16) * 4).save(file)
+    whole, sizes, decode = ImageTable(folder), [], images.decode_files
+    monkeypatch.setattr(pixels, "AT_ONCE", 5 * 3 * 32 * 32)
+    monkeypatch.setattr(images, "decode_files", lambda files, *args: sizes.append(len(files)) or decode(files, *args))
+    whole.cache.unlink()
+    assert ImageTable(folder).hash == whole.hash and max(sizes) == 5 and sum(sizes) == 2 * 28
+
+
+def test_splits_and_a_part_to_hold_out(three):
+    with pytest.raises(UserError, match=r"has splits of its own; add --valid holdout, or leave out --valid_pct"):
+        get_dls(three, batch_size=8, valid_pct=0.25)
+    assert len(get_dls(three, batch_size=8, valid_pct=0.25, valid="holdout").valid_ds) == 12
+
+
+def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
+    """It is about the images that were held out, as in the run's own folder."""
+    short = ("--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
+    assert command("train.py", "--data", flat, *short, cwd=tmp_path).returncode == 0
+    done = command("interpret.py", "runs/run", "--out", "elsewhere", "--tta", cwd=tmp_path)
+    assert "of 10 train images correct" in done.stdout, done.stderr
+    run, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("runs/run", "elsewhere"))
+    assert {key: run[key] for key in other} == other and (tmp_path / "elsewhere/report.html").is_file()
+    (flat / "ring/broken.png").write_text("no image")
+    done = command("interpret.py", "runs/run", "--data", flat, "--skip_broken", cwd=tmp_path)
+    assert "of 10 train images correct" in done.stdout, done.stderr
+    Image.new("RGB", (32, 32), "red").save(flat / "ring/more.png")
+    done = command("interpret.py", "runs/run", "--out", "third", "--skip_broken", cwd=tmp_path)
+    assert done.returncode == 2 and "are not those of runs/run; give --data another path" in done.stderr
 
 
 def test_classes_are_drawn_equally_often(tmp_path):

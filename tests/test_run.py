@@ -141,6 +141,14 @@ def test_an_interruption_names_the_command_to_resume_with(tmp_path, learn, inter
     assert stopped.value.by == by and f" --resume {run.path}" in stopped.value.hint
 
 
+def test_several_processes_resume_on_the_device_of_the_run(tmp_path, learn, monkeypatch):
+    run = create(learn, tmp_path, "run")
+    monkeypatch.setattr(run_module, "is_distributed", lambda: True)
+    assert not run.resume_command().endswith("--device cpu")
+    monkeypatch.setattr(run_module, "default_device", lambda: torch.device("mps"))
+    assert run.resume_command().endswith(f"--resume {run.path} --device cpu")
+
+
 def test_the_committed_run_is_complete():
     files = {file.name for file in (ROOT / "results/cifar10-assignment").iterdir()}
     assert files >= {
