@@ -1,7 +1,6 @@
 """One image → uint8 pixels: orientation, transparency, range of values, size."""
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastai.vision.all import chunked, parallel
+from fastai.vision.all import chunked, num_cpus, parallel
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode
@@ -73,9 +72,9 @@ def decode(item, ranges: ValueRanges, size: int = SIZE) -> tuple[np.ndarray, Any
 
 def decode_files(files: list[Path], ranges: ValueRanges = MappingProxyType({}), size: int = SIZE) -> list:
     """What `decode` returns for each file, or why it can't be used, on all cores."""
-    chunks = list(chunked(files, 100))
-    many = len(chunks) > 40  # starting processes takes longer than a few chunks
-    workers = os.cpu_count() if many else 0
+    many = len(files) * size**2 > 4_000 * SIZE**2  # starting processes takes longer than a few images
+    workers = num_cpus() if many else 0
+    chunks = list(chunked(files, max(1, min(100, len(files) // (4 * num_cpus())))))
     parts = parallel(decode_chunk, chunks, ranges=dict(ranges), size=size, n_workers=workers, progress=many)
     return [item for part in parts for item in part]
 
