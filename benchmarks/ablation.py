@@ -140,12 +140,18 @@ def main(
         batch_size = min(fields.get("batch_size", base.batch_size), train_images)
         return replace(base, **fields | dict(batch_size=batch_size))
 
+    part = Path(f"{out}.part")  # of a run that was interrupted
+    if out and part.is_file():
+        before = json.loads(part.read_text(encoding="utf-8"))
+        if before == json.loads(json.dumps(results)) | dict(accuracies=before["accuracies"]):
+            results["accuracies"] |= before["accuracies"]
     _ = images.pixels  # decoded once, before all processes need them
     with ProcessPoolExecutor(num_cpus(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         trainings = {
             pool.submit(holdout_accuracy, recipe_with(fields), data, width, seed): (title, seed)
             for seed in range(seeds)
             for title, fields in variants.items()
+            if str(seed) not in results["accuracies"][title]
         }
         try:
             for done, training in enumerate(as_completed(trainings), 1):
@@ -153,12 +159,15 @@ def main(
                 results["accuracies"][title][str(seed)] = accuracy
                 print(f"{done} of {len(trainings)}: {title}, {accuracy:.2%}")
                 if out:
-                    before = json.loads(Path(out).read_text()) if Path(out).is_file() else {}
-                    write_json(Path(out), before | {recipe: results})
+                    write_json(part, results)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # or the others would still be trained before the error is seen
             raise
     print(table(recipe, results))
+    if out:
+        before = json.loads(Path(out).read_text(encoding="utf-8")) if Path(out).is_file() else {}
+        write_json(Path(out), before | {recipe: results})
+        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

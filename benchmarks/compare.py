@@ -24,9 +24,12 @@ OWN = ("seed", "name", "runs_dir", "device", "resume", "data")  # options that m
 def load(folder: str) -> dict:
     """What a finished run says about itself. Raises `UserError` if it does not."""
     try:
-        config, metrics = (json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("config", "metrics"))
+        config, metrics = (
+            json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "metrics")
+        )
         history = read_csv(Path(folder) / "history.csv")
         settings = {name: value for name, value in config["options"].items() if name not in OWN}
+        settings |= dict(recipe=config.get("recipe"))
         return dict(name=Path(folder).name, metrics=metrics, history=history, settings=settings, data=config["data"])
     except (OSError, ValueError, LookupError):
         raise UserError(f"{folder} is not the folder of a finished run") from None

@@ -21,6 +21,7 @@ import numpy as np
 from fastcore.basics import num_cpus
 from PIL import Image
 
+from benchmarks.speed import largest_child_gib
 from cifar10 import cli
 from cifar10.cli import UserError
 from cifar10.environment import collect_env
@@ -46,8 +47,10 @@ def watch(launcher: subprocess.Popen) -> list[float]:
     while launcher.poll() is None:
         for children in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
             with suppress(OSError):  # a process that has just ended
-                for process in children.read_text().split():
-                    if size := re.search(r"Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text()):
+                for process in children.read_text(encoding="utf-8").split():
+                    if size := re.search(
+                        r"Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
+                    ):
                         peaks[process] = max(peaks.get(process, 0.0), int(size[1]) / 2**20)
         time.sleep(0.5)
     return [*peaks.values()]
@@ -61,8 +64,6 @@ def main(
     out: str = "",  # JSON file for the results
 ):
     "Measure the peak memory of a training on many images."
-    import resource  # which Windows does not have
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "many"
         for name in ("bright", "dark"):
@@ -83,7 +84,7 @@ def main(
             raise UserError("the training failed, see above")
         results = dict(
             images=images, size=size, width=width, pixels_gb=3 * images * size**2 / 1e9,
-            peak_gib=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+            peak_gib=largest_child_gib(),
             seconds=time.perf_counter() - begin, **shared,
             command=f"python -m benchmarks.memory --images {images} --size {size} --width {width}"
             + f" --processes {processes}" * (processes > 1),

@@ -11,17 +11,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import chain, count
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from fastai.torch_core import num_distrib, rank_distrib
+from fastcore.basics import num_cpus
 from torch import nn
 
 from benchmarks.seeds import now
 from benchmarks.speed import Timer, durations
 from cifar10 import cli
 from cifar10.cli import UserError
+from cifar10.data import get_device
 from cifar10.distributed import is_distributed, is_first, local_first, process_group
 from cifar10.environment import collect_env
 from cifar10.files import write_json
@@ -48,16 +51,16 @@ def seconds_of(action, device: torch.device) -> float:
     return statistics.median(durations(ends))
 
 
-def measure(data: str, steps: int, batch_size: int, width: int) -> dict[str, float]:
+def measure(data: str, steps: int, batch_size: int, width: int, device: str) -> dict[str, float]:
     """Seconds of a training step, of loading, and of all-reduce."""
     with local_first():
         images = ImageTable.open(data)
-    dls = get_dls(images, bs=batch_size)
+    dls = get_dls(images, bs=batch_size, device=device)
     learn, timer = get_learner(dls, width=width), Timer(steps)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1 + steps // len(dls.train), LR, cbs=timer)
     dls.train.share = slice(rank_distrib(), None, max(1, num_distrib()))
-    batches = iter(dls.train)
+    batches = chain.from_iterable(dls.train for _ in count())
     loading = seconds_of(lambda: next(batches), dls.device)
     model, reducing = learn.model, 0.0
     if is_distributed():
@@ -79,10 +82,10 @@ def run(processes: int, words: list[str], gpus: bool) -> dict[str, float]:
         out = Path(folder) / "out.json"
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *launch, "-m", "benchmarks.scale", *words, "--worker", "--out", str(out)]
-        threads = {} if gpus else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        threads = {} if gpus else {"OMP_NUM_THREADS": str(max(1, num_cpus() // processes))}
         if subprocess.run(command, env=os.environ | threads).returncode:
             raise UserError(f"the measurement with {processes} processes failed, see above")
-        return json.loads(out.read_text())
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def project(step: float, loading: float, parameters: int, norms: int, gpus: int) -> dict[str, float]:
@@ -108,19 +111,20 @@ def main(
     rounds: int = 3,  # turns of each number
     batch_size: int = 512,  # of all processes together
     width: int = 64,  # width of the ResNet
+    device: str = "auto",  # as for train.py
     gpu: str = "results/gpu.json",  # what benchmarks.gpu measured on one GPU, for the projection
     worker: bool = False,  # be one of the processes; for internal use
     out: str = "",  # JSON file for the results
 ):
     "Compare training steps in one and in several processes."
     if worker:
-        with process_group("auto", timeout=120):
-            found = measure(data, steps, batch_size, width)
+        with process_group(device, timeout=120):
+            found = measure(data, steps, batch_size, width, device)
         if is_first():
             write_json(Path(out), found)
         return
-    numbers, gpus = [int(number) for number in processes.split(",")], torch.cuda.is_available()
-    words = ["--data", data, "--steps", steps, "--batch_size", batch_size, "--width", width]
+    numbers, gpus = [int(number) for number in processes.split(",")], get_device(device).type == "cuda"
+    words = ["--data", data, "--steps", steps, "--batch_size", batch_size, "--width", width, "--device", device]
     turns: dict[int, list] = {number: [] for number in numbers}
     for _ in range(rounds):
         for number in numbers:
@@ -133,7 +137,7 @@ def main(
         rows.append(dict(processes=number, **row, speedup=speedup, steps=[turn["step"] for turn in turns[number]]))
     results: dict = dict(batch_size=batch_size, width=width, seconds=rows)
     if Path(gpu).is_file():
-        one = json.loads(Path(gpu).read_text())
+        one = json.loads(Path(gpu).read_text(encoding="utf-8"))
         step, loading = one["step"]["ours_ms"] / 1000, one["step"]["data_share"] * one["step"]["ours_ms"] / 1000
         assumed = dict(gpu=one["hardware"]["gpu"], bandwidth=BANDWIDTH, latency=LATENCY, gpus_a_host=GPUS_A_HOST)
         results["projection"] = assumed | dict(rows=[project(step, loading, 6_574_090, NORMS, n) for n in (1, 8, 64)])

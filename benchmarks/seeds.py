@@ -52,6 +52,13 @@ def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int = 64) -> 
     return accuracies | dict(epochs=recipe.epochs) | trained | learning_rates | dict(history=history)
 
 
+def is_of(folder: Path, **about) -> bool:
+    """Whether the result in a folder is of these settings."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["recipe"] = asdict(Recipe.from_json(config["recipe"]))  # with the fields that were added since
+    return all(config.get(name) == value for name, value in about.items())
+
+
 def main(
     recipe: Annotated[str, choices(*RECIPES)],  # how to train
     data: str = "cifar10",  # as for train.py
@@ -69,6 +76,12 @@ def main(
         changed = Recipe.from_json(asdict(Options(recipe=recipe, valid=valid).resolve(images)) | fields)
     except (TypeError, ValueError) as reason:
         raise UserError(f"changes is {changes!r}; it must be a recipe's fields in JSON ({reason})") from None
+    about = dict(recipe=asdict(replace(changed, name=recipe)), valid=valid, width=width)
+    about |= dict(data=dict(name=images.name, sha256=images.hash))
+    folders = {seed: Path(out) / f"{recipe}-{seed}" for seed in range(first, first + seeds) if out}
+    for folder in folders.values():
+        if (folder / "config.json").is_file() and not is_of(folder, **about):
+            raise UserError(f"{folder} holds a result of other settings; choose another --out")
     dls = get_dls(images, changed, valid)
     accuracies = []
     for seed in range(first, first + seeds):
@@ -76,12 +89,10 @@ def main(
         accuracies.append(metrics["accuracy"])
         print(f"{recipe}, seed {seed}: {metrics['accuracy']:.2%}, {metrics['tta_accuracy']:.2%} with test-time"
               f" augmentation, {metrics['pflop']:.3f} PFLOP, {metrics['seconds']:.1f} s", flush=True)  # fmt: skip
-        if out:
-            folder = Path(out) / f"{recipe}-{seed}"
+        if folder := folders.get(seed):
             folder.mkdir(parents=True, exist_ok=True)
-            about = dict(recipe=asdict(replace(changed, name=recipe)), seed=seed, valid=valid, width=width)
             write_json(folder / "metrics.json", metrics)
-            write_json(folder / "config.json", about | collect_env())
+            write_json(folder / "config.json", about | dict(seed=seed) | collect_env())
     print(f"mean {statistics.mean(accuracies):.2%}")
 
 

@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+from benchmarks.seeds import now
 from cifar10 import cli
 from cifar10.decode import SIZE
 from cifar10.environment import collect_env
@@ -61,13 +62,13 @@ REPEATS = 3  # of each matrix product, of which the fastest counts
 class Timer(Callback):
     """The duration of each training step but the first; ends after `steps` more."""
 
-    order = 1000
+    order, run_valid = 1000, False
 
     def __init__(self, steps: int):
         self.steps, self.ends = steps, []
 
     def after_batch(self):
-        self.ends.append(time.perf_counter())
+        self.ends.append(now(self.dls.device))
         if len(self.ends) > self.steps:
             raise CancelFitException
 
@@ -232,8 +233,6 @@ def operators(learn: Learner, top: int = 8) -> dict[str, float]:
 
 def peak_gib(data: str, bs: int, width: int) -> float:
     """The largest resident size, in GiB, of a process that trains for four steps and validates on all images."""
-    import resource  # not available on Windows
-
     code = (
         "from benchmarks import speed\n"
         f"learn = speed.get_learner(speed.get_dls({data!r}, batch_size={bs}, device='cpu'), width={width})\n"
@@ -241,7 +240,14 @@ def peak_gib(data: str, bs: int, width: int) -> float:
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return largest_child_gib()
+
+
+def largest_child_gib() -> float:
+    """The largest resident size that a child process had."""
+    import resource  # not available on Windows
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def main(

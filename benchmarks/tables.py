@@ -5,6 +5,7 @@ A table is between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a fu
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
@@ -12,9 +13,12 @@ from fastcore.script import anno_parser
 
 from benchmarks import ablation as ablations
 from benchmarks.compare import spread
+from benchmarks.seeds import is_of
 from cifar10 import cli
+from cifar10.cli import UserError
 from cifar10.files import read_csv, write
 from cifar10.options import Options
+from cifar10.page import CIFAR10
 from cifar10.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +34,7 @@ RUNS = {  # folder in results/ → recipe, what was typed besides it, and the ve
 
 
 def read_json(name: str):
-    return json.loads((RESULTS / name).read_text())
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def markdown(header: list[str], rows, right: int = 0) -> str:
@@ -42,8 +46,12 @@ def markdown(header: list[str], rows, right: int = 0) -> str:
 def runs_of(folder: str) -> list[dict]:
     """The metrics of a committed run, and of the same recipe with other seeds."""
     name, options, version = RUNS[folder]
-    seeds = [] if options or version else sorted((RESULTS / "seeds").glob(f"{name}-*/metrics.json"))
-    return [read_json(f"{folder}/metrics.json"), *(json.loads(file.read_text()) for file in seeds)]
+    seeds = [] if options or version else sorted((RESULTS / "seeds").glob(f"{name}-*"))
+    about = dict(recipe=asdict(RECIPES[name]), valid="test", width=64, data=dict(name="cifar10", sha256=CIFAR10))
+    for seed in seeds:
+        if not is_of(seed, **about):
+            raise UserError(f"{seed} is not of today's recipe, at full width, on CIFAR-10's test split; move it away")
+    return [read_json(f"{folder}/metrics.json"), *(read_json(f"seeds/{seed.name}/metrics.json") for seed in seeds)]
 
 
 def petaflops(metrics: dict) -> float:

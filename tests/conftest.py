@@ -7,6 +7,16 @@ from pathlib import Path
 
 HOME = tempfile.TemporaryDirectory(prefix="tests-fastai-")
 os.environ["FASTAI_HOME"] = HOME.name  # before fastai is imported: caches of the tests stay out of the user's
+for place in (
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "IPYTHONDIR",
+    "WANDB_CACHE_DIR",
+    "WANDB_CONFIG_DIR",
+    "GRADIO_TEMP_DIR",
+):
+    os.environ[place] = f"{HOME.name}/{place.lower()}"
+os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with a GPU as well
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -5,7 +5,8 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from commandline import ROOT
 from matplotlib import pyplot as plt
 from torch import nn
 
-from benchmarks import ablation, compare, gpu, seeds
+from benchmarks import ablation, compare, gpu, scale, seeds
 from benchmarks.speed import CONVOLUTIONS, training_flops
 from cifar10.cli import UserError
 from cifar10.recipes import RECIPES
@@ -75,13 +76,43 @@ def test_the_bare_loop(tmp_path):
     assert json.loads((ROOT / "results/overhead.json").read_text())["ratio"] <= 1.05
 
 
+@pytest.mark.slow
+def test_the_scale_benchmark(tmp_path):
+    tiny = ("--data", "digits", "--steps", 2, "--rounds", 1, "--batch_size", 600, "--width", 2, "--gpu", "none")
+    done = module("scale", *tiny, "--out", tmp_path / "scale.json")
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads((tmp_path / "scale.json").read_text())["seconds"]
+    assert (one["processes"], two["processes"], one["speedup"], one["reducing"]) == (1, 2, 1, 0)
+    assert two["speedup"] == pytest.approx(one["step"] / two["step"]) and two["reducing"] > 0 and two["loading"] > 0
+
+
+def test_the_projection():
+    """By hand: a step of 10 ms, 2 of them loading, on 8 GPUs; 300 MB at 300 GB/s, and 12 all-reduces."""
+    found = scale.project(0.010, 0.002, parameters=75_000_000, norms=5, gpus=8)
+    reducing = 2 * 7 / 8 * 1.0 + 12 * 0.02  # milliseconds
+    assert found["step_ms"] == pytest.approx(8 / 8 + 2 + reducing)
+    assert found["efficiency"] == pytest.approx(10 / found["step_ms"] / 8)
+    assert scale.project(0.010, 0.002, 1, 1, gpus=1)["efficiency"] == 1
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark(tmp_path):
+    tiny = ("--images", 60, "--size", 32, "--width", 2)
+    done = module("memory", *tiny, "--processes", 2, "--out", tmp_path / "memory.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "memory.json").read_text())
+    assert 0.2 < figures["peak_gib"] < 3 and figures["pixels_gb"] == pytest.approx(60 * 3 * 32 * 32 / 1e9)
+    assert len(figures["proportional_gib"]) == 2 and min(figures["proportional_gib"]) > 0.1
+
+
 # ---- Runs side by side
 
 
-def finished(folder, accuracy, seed, **options):
+def finished(folder, accuracy, seed, lr_max=0.5, **options):
     """The folder of a finished run, by hand."""
     folder.mkdir()
     config = dict(options=dict(recipe="fast", seed=seed, valid="test") | options, data=dict(name="digits", sha256="x"))
+    config |= dict(recipe=asdict(replace(RECIPES["fast"], lr_max=lr_max)))
     metrics = dict(accuracy=accuracy, tta_accuracy=accuracy + 0.01, epochs=2, seconds=60, pflop=0.5)
     for name, value in (("config", config), ("metrics", metrics)):
         (folder / f"{name}.json").write_text(json.dumps(value))
@@ -92,11 +123,13 @@ def finished(folder, accuracy, seed, **options):
 def test_runs_that_differ_in_the_seed_are_one_row(tmp_path):
     runs = [finished(tmp_path / f"run{seed}", 0.9 + seed / 100, seed) for seed in (1, 2)]
     runs.append(finished(tmp_path / "other", 0.8, 1, width=8))
+    runs.append(finished(tmp_path / "changed", 0.7, 1, lr_max=0.4))  # by a recipe that was changed since
     done = module("compare", *runs, "--out", tmp_path / "c.png")
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
     assert rows[0] == ["run1, run2", "2", "2", "91.50% ± 0.71", "92.50% ± 0.71", "0.5", "1.0"]
-    assert rows[1][:4] == ["other", "1", "2", "80.00%"] and len(rows) == 3  # and where the curves are
+    assert [row[:4] for row in rows[1:3]] == [["other", "1", "2", "80.00%"], ["changed", "1", "2", "70.00%"]]
+    assert len(rows) == 4  # and where the curves are
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -140,6 +173,32 @@ def test_the_ablation(shapes, tmp_path):
     accuracies = json.loads((tmp_path / "ablation.json").read_text())["faster"]["accuracies"]
     assert set(accuracies) == set(ablation.VARIANTS["faster"][1])
     assert all(0 <= accuracy <= 1 for by_seed in accuracies.values() for accuracy in by_seed.values())
+
+
+def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypatch):
+    """Until it is complete, the result of before stays."""
+    out, trained = tmp_path / "ablation.json", []
+    variants = {"nothing": {}, "no frozen layers": dict(freeze=()), "momentum 0.9": dict(momentum=0.9)}
+    monkeypatch.setitem(ablation.VARIANTS, "faster", ({}, variants))
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+
+    def train(recipe, *_):
+        trained.append(recipe)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return 0.5
+
+    monkeypatch.setattr(ablation, "holdout_accuracy", train)
+    out.write_text('{"faster": "before", "best": "of another recipe"}')
+    with pytest.raises(KeyboardInterrupt):
+        ablation.main("faster", data=str(shapes), width=2, out=str(out))
+    assert json.loads(out.read_text())["faster"] == "before"
+    done = len(trained)
+    ablation.main("faster", data=str(shapes), width=2, out=str(out))
+    found = json.loads(out.read_text())
+    assert found["best"] == "of another recipe" and found["faster"]["accuracies"] == {t: {"0": 0.5} for t in variants}
+    assert trained[0].momentum == 0.85 and len(trained) - done == 2 and trained[0] not in trained[done:]
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_the_table_of_the_ablation():
@@ -199,6 +258,8 @@ def test_seeds_on_the_command_line(tmp_path):
         )
         assert config["seed"] == seed and config["recipe"]["epochs"] == 1 and config["valid"] == "holdout"
         assert f"seed {seed}: {metrics['accuracy']:.2%}" in done.stdout
+    done = module("seeds", *arguments, "--out", tmp_path)  # on the test split
+    assert done.returncode == 2 and "faster-7 holds a result of other settings; choose another --out" in done.stderr
     done = module("seeds", "fast", "--data", "digits", "--changes", '{"epoch": 1}')
     assert done.returncode == 2 and "must be a recipe's fields in JSON" in done.stderr
 

@@ -1,13 +1,17 @@
 """README and docs claim nothing that is not in a file, and show nothing that is not there."""
 
 import csv
+import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from benchmarks import tables
+from cifar10.cli import UserError
 from cifar10.options import Options
 from cifar10.recipes import RECIPES, Recipe
 
@@ -40,9 +44,28 @@ def test_the_results_equal_their_files():
             recipes = [tables.read_json(f"{p}/config.json")["recipe"] for p in [folder, *seeds_of(name)]]
             assert all(Recipe.from_json(recipe) == RECIPES[name] for recipe in recipes), name
         for column, key in ((2, "accuracy"), (3, "tta_accuracy")):
-            values = [100 * run[key] for run in runs]
-            assert float(row[column].split("%")[0]) == pytest.approx(sum(values) / len(values), abs=0.0051)
-        assert int(row[4]) == len(runs) and 0.3 < float(row[5]) < 2.8
+            found, *deviation = map(float, re.findall(r"[\d.]+", row[column]))
+            values = np.array([100 * run[key] for run in runs])
+            assert found == pytest.approx(values.mean(), abs=0.0051)
+            assert deviation == (pytest.approx([values.std(ddof=1)], abs=0.0051) if len(runs) > 1 else [])
+        assert int(row[4]) == len(runs)
+        if not version:
+            pflop = np.mean([run["pflop"] for run in runs])
+            seconds = 1e15 * pflop / tables.read_json("speed.json")["model_flops_per_second"]
+            assert float(row[5]) == pytest.approx(pflop, abs=0.0051) and float(row[6]) == pytest.approx(
+                seconds / 60, abs=0.51
+            )
+
+
+def test_a_result_of_other_settings_is_not_averaged(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    other = shutil.copytree(tmp_path / "results/seeds/best-0", tmp_path / "results/seeds/best-7")
+    assert len(tables.runs_of("cifar10-best")) == 4
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | dict(valid="holdout")))
+    with pytest.raises(UserError, match=r"best-7 is not of today's recipe"):
+        tables.runs_of("cifar10-best")
 
 
 def seeds_of(name: str) -> list[str]:
@@ -59,6 +82,9 @@ def test_figures_in_sentences_equal_their_files():
             *(f"{step[name]:.1f} ms" for name in ("ours_ms", "bare_ms")), f"{step['ratio']:.2f} times as long",
             gpu["hardware"]["gpu"], f"{memory['peak_gib']:.2f} GiB, for {memory['pixels_gb']:.1f} GB of pixels",
             f"{first['accuracy']:.2%} and {second['accuracy']:.2%}",
+            "took {:.1f} and {:.1f} minutes".format(
+                *(tables.read_json(f"seeds/faster-{seed}/metrics.json")["seconds"] / 60 for seed in (0, 3))
+            ),
         ],
         "scale": [
             f"{scale['seconds'][1]['speedup']:.2f}× the speed", f"{shared['pixels_gb']:.1f} GB of pixels",
