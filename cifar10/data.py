@@ -76,9 +76,9 @@ class TensorDL(TfmdDL):
         return super().new(dataset, cls, **settings | kwargs)
 
     def shuffle_fn(self, idxs: list[int]) -> list[int]:
-        """A random order, or if `weighted` as many random draws in which all classes are equally likely."""
+        """A random order, or for training if `weighted`, as many random draws with all classes equally likely."""
         generator = torch.Generator().manual_seed(self.rng.getrandbits(63))  # much faster than Python's shuffle
-        if self.weighted:
+        if self.weighted and not getattr(self.dataset, "split_idx", 0):
             labels = self.targets[0].cpu()[idxs]
             draws = (1 / labels.bincount().double())[labels].multinomial(len(idxs), True, generator=generator)
         else:
@@ -152,6 +152,8 @@ def leave_labels(*transforms: Transform):
     for transform in transforms:
         try:
             type(transform).encodes.resolve_method((transform, TensorCategory(0)))
+        except AttributeError:  # a function, which also gets the labels
+            continue
         except LookupError:
             type(transform)(encodes)  # this is how fastai adds a method to a transform
 

@@ -70,12 +70,42 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
 
 
 class Learner(learner.Learner):
-    """fastai's Learner, which calls only those callbacks that handle an event. Asking all of them costs more."""
+    """fastai's Learner, but an exception, also Ctrl-C, leaves nothing behind that would change the next fit.
+
+    An event reaches only those callbacks that handle it, because asking all of them takes more time.
+    """
 
     def _call_one(self, event_name: str):
         for cb in self.cbs.sorted("order"):
             if hasattr(type(cb), event_name) or event_name in vars(cb) or event_name == "after_fit":
                 cb(event_name)
+
+    def _do_fit(self):
+        try:
+            super()._do_fit()
+        except BaseException:
+            for cb in self._grab_cbs((FreezeLayers, Strips)):
+                cb.after_fit()
+            raise
+
+    def one_batch(self, i, b):
+        device = torch.device(self.dls.device).type
+        before = torch.is_autocast_enabled(device)
+        try:
+            super().one_batch(i, b)
+        finally:
+            if torch.is_autocast_enabled(device) and not before:
+                self.mixed_precision.autocast.__exit__(None, None, None)
+
+    def add_cb(self, cb):
+        if isinstance(cb, MixedPrecision) and hasattr(self, "mixed_precision"):  # `to_fp16()`, `to_bf16()`
+            if torch.device(self.dls.device).type != "cuda":
+                return self  # fastai's callback would do nothing
+            self.remove_cb(self.mixed_precision)
+        return super().add_cb(cb)
+
+    def no_bar(self):
+        return self.removed_cbs(self._grab_cbs(Progress))
 
 
 def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", cbs=(),
@@ -90,6 +120,7 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
     norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
     for norm in norms:
         norm.weight.requires_grad_(recipe.train_norm_scales)
+    fixed = {p for p in model.parameters() if not p.requires_grad}
     biases = {norm.bias: recipe.norm_bias_lr_scale for norm in norms if recipe.norm_bias_lr_scale != 1}
     optimizer = partial(
         Muon, momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
@@ -101,7 +132,7 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
         model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
     settings = dict(
         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
-        opt_func=partial(LiveOptimWrapper, opt=optimizer),
+        opt_func=partial(LiveOptimWrapper, opt=optimizer, fixed=fixed),
         metrics=accuracy,
         moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
         default_cbs=False,
@@ -117,6 +148,8 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
             *L(cbs),
         ],
     )
+    if "opt_func" not in kwargs:
+        settings["lr"] = recipe.lr_max or 0.1  # of a fit that names none; fastai's is for Adam
     learn = Learner(dls, model, **(settings | kwargs))
     learn.precision = precision
     return learn

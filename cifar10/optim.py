@@ -59,8 +59,12 @@ class Muon(torch.optim.Optimizer):
         self.use_muon, self.lr_scale, self.ns_steps, self.dtype = use_muon, lr_scale, ns_steps, dtype
         self.lr_scales = dict(lr_scales)
 
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("use_muon", "lr_scale", "ns_steps", "dtype", "lr_scales")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):  # type: ignore  # a closure is not supported
         for group in self.param_groups:
             lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
             params = [p for p in group["params"] if p.grad is not None]
@@ -104,7 +108,18 @@ class LiveHypers(dict):
 
 
 class LiveOptimWrapper(OptimWrapper):
-    """fastai's wrapper of PyTorch's optimizers, but callbacks like `ReduceLROnPlateau` can assign to `hypers`."""
+    """fastai's wrapper of PyTorch's optimizers, but callbacks like `ReduceLROnPlateau` can assign to `hypers`.
+
+    `freeze` and `unfreeze` leave the `fixed` parameters as they are.
+    """
+
+    def __init__(self, *args, fixed=(), **kwargs):
+        self.fixed = set(fixed)
+        super().__init__(*args, **kwargs)
+
+    def _set_require_grad(self, rg: bool, p: Tensor, *others):
+        if p not in self.fixed:
+            super()._set_require_grad(rg, p, *others)
 
     @property
     def hypers(self) -> list[LiveHypers]:

@@ -1,7 +1,5 @@
 """What a recipe adds to fastai's training loop: one small callback for each trick."""
 
-from copy import deepcopy
-
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -68,9 +66,6 @@ class FreezeLayers(Callback):
         self.recipe = recipe
         self.frozen: list[nn.Parameter] = []
 
-    def before_fit(self):
-        self.after_fit()  # which an exception may have skipped
-
     def before_batch(self):
         for layer, begin in self.recipe.freeze:
             if self.pct_train >= begin:
@@ -88,8 +83,8 @@ class FreezeLayers(Callback):
 class CountFlop(Callback):
     """Sum up the floating-point operations of the model's forward and backward passes in `learn.recorder.flop`.
 
-    PyTorch counts those of two images whenever the images' size or the trained parameters change; what is not computed
-    for a frozen layer is not counted.
+    PyTorch counts those of an image whenever the images' size or the trained parameters change; what is not computed
+    for a frozen layer is not counted. Of a model without `args` to build it again, nothing is counted.
     """
 
     order, run_valid = 90, False  # after the images have been resized
@@ -100,13 +95,21 @@ class CountFlop(Callback):
     def before_batch(self):
         key = (*self.x.shape[1:], *(p.requires_grad for p in self.weights))
         if key not in self.per_image:
-            self.per_image[key] = count_flop(get_model(self.model), torch.Tensor(self.x[:2])) / len(self.x[:2])
-        self.recorder.flop += len(self.x) * self.per_image[key]
+            self.per_image[key] = count_flop(get_model(self.model), self.x.shape[1:])
+        if hasattr(self.learn, "recorder"):
+            self.recorder.flop = getattr(self.recorder, "flop", 0.0) + len(self.x) * self.per_image[key]
 
 
-def count_flop(model: nn.Module, images: torch.Tensor) -> int:
-    """Operations of a forward and a backward pass: two for each multiply-add of convolutions and matrix products."""
-    model = deepcopy(model).train()
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
-        model(images).sum().backward()
-    return counter.get_total_flops()
+def count_flop(model: nn.Module, shape) -> int:
+    """Operations of a forward and a backward pass for an image: two for each multiply-add of convolutions and products.
+
+    They are counted on a copy without numbers, so that no hook, buffer or random number of the model changes.
+    """
+    if not isinstance(args := getattr(model, "args", None), dict):
+        return 0
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.enable_grad():
+        copy = type(model)(**args)
+        for ours, theirs in zip(copy.parameters(), model.parameters()):
+            ours.requires_grad_(theirs.requires_grad)
+        copy(torch.empty(2, *shape)).sum().backward()
+    return counter.get_total_flops() // 2

@@ -4,7 +4,9 @@ import copy
 import pickle
 import re
 import shutil
+from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -31,6 +33,7 @@ from fastai.callback.all import (
     steep,
     valley,
 )
+from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import (
     SGD,
     Adam,
@@ -54,6 +57,7 @@ from fastai.vision.all import (
     Precision,
     Resize,
     RMSProp,
+    Transform,
     accuracy,
     error_rate,
     get_image_files,
@@ -70,6 +74,7 @@ from torch.nn import functional as F
 
 from cifar10.cli import UserError
 from cifar10.interpretation import Interpretation, grad_cam
+from cifar10.strips import StripConv2d, Strips
 from model import ResNet, split_by_depth
 from train import get_dls, get_learner
 
@@ -114,6 +119,131 @@ def assert_same(ours, theirs):
             assert_same(one, other)
     else:
         assert str(ours) == str(theirs)
+
+
+# ---- Nothing is left behind
+
+
+class Fails(Callback):
+    """Raises an exception in the third step, in the middle of the forward pass and loss."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def after_pred(self):
+        if self.training and self.iter == 2:
+            raise self.reason
+
+
+@pytest.mark.parametrize("reason", [ValueError("of the user"), KeyboardInterrupt(), CancelBatchException()])
+def test_an_exception_does_not_change_the_next_fit(shapes, reason):
+    """In bfloat16, and by a recipe that freezes layers."""
+    learn = small(get_dls(shapes, batch_size=16), precision="bf16", freeze=(("prep", 0.0), ("layer1", 0.0)))
+    trained = [p.requires_grad for p in learn.model.parameters()]
+    learn.add_cb(Strips())
+    with suppress(ValueError, KeyboardInterrupt):
+        learn.fit(1, 0.01, cbs=Fails(reason))
+    assert not torch.is_autocast_enabled("cpu") and learn.model(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+    assert [p.requires_grad for p in learn.model.parameters()] == trained
+    assert not [module for module in learn.model.modules() if type(module) is StripConv2d]
+    learn.freeze()
+    learn.fit(1, 0.01)
+    assert not learn.model.prep[0].bias.requires_grad  # as the user said
+
+
+def test_a_copy_trains_on(shapes):
+    learn = small(get_dls(shapes, batch_size=16), norm_bias_lr_scale=8)
+    learn.fit(1, 0.01)
+    state = [copy.deepcopy(part.state_dict()) for part in (learn.model, learn.opt)]
+    ways, losses = (lambda learn: learn, copy.deepcopy, lambda learn: pickle.loads(pickle.dumps(learn))), []
+    for way in ways:
+        other = way(learn)
+        for part, values in zip((other.model, other.opt), state):
+            part.load_state_dict(copy.deepcopy(values))
+        set_seed(1)
+        other.dls.train.rng.seed(1)
+        other.fit(1, 0.01)
+        losses.append(torch.stack(other.recorder.step_losses).tolist())
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_functions_are_batch_transforms(shapes):
+    dls = get_dls(shapes, batch_size=16)
+    before = dls.valid.one_batch()[0]
+    dls.add_tfms([Transform(lambda x: x * 2 if x.ndim == 4 else x, order=200)], "after_batch", 1)
+    assert torch.equal(dls.valid.one_batch()[0], before * 2)
+
+
+class Pair(nn.Module):
+    """A model of the user's own, with two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.utils.weight_norm(nn.Linear(3 * 32 * 32, 2))
+
+    def forward(self, x):
+        return self.fc(x.flatten(1)), x
+
+
+def test_operations_are_counted_without_running_the_model(shapes, tmp_path):
+    learn = small(get_dls(shapes, batch_size=16), path=tmp_path)
+    seen = []
+    learn.model.layer1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    learn.fit(1, 0.01, cbs=[ActivationStats(), CSVLogger()])
+    assert {*seen} == {16} and learn.recorder.flop > 0
+    learn.model, learn.loss_func, learn.metrics = Pair(), lambda pair, y: F.cross_entropy(pair[0], y), []
+    learn.opt_func = Adam
+    learn.create_opt()
+    learn.fit(1, 0.01)
+    assert learn.recorder.flop == 0
+    learn.remove_cbs([learn.progress, learn.recorder])
+    learn.fit(1, 0.01)
+
+
+def test_a_fit_without_a_learning_rate_learns(shapes):
+    set_seed(0)
+    learn = small(get_dls(shapes, batch_size=8), width=8)
+    learn.fit_one_cycle(4)
+    assert (
+        learn.opt.hypers[0]["lr"] < 0.1 == max(map(float, learn.recorder.lrs)) and learn.recorder.values[-1][-1] > 0.9
+    )
+    adam = get_learner(get_dls(shapes, batch_size=8), opt_func=Adam, width=2)
+    adam.fit(1)
+    assert adam.recorder.lrs[0] == 1e-3
+
+
+def test_only_the_training_images_are_weighted(shapes):
+    dls = get_dls(shapes, batch_size=8, weighted=True)
+    assert len({*dls.train.get_idxs()}) < 48 and len({*dls.valid.new(shuffle=True).get_idxs()}) == 16
+    assert len(dls.test_dl(dls.valid_ds.items[:9], shuffle=True).one_batch()[0]) == 8
+
+
+def test_freezing_there_and_back_keeps_what_the_recipe_fixes(digits):
+    learn = get_learner(digits, "fast", width=2)
+    before = [p.requires_grad for p in learn.model.parameters()]
+    assert not before[0] and not all(before[1:])
+    learn.freeze()
+    assert sum(p.requires_grad for p in learn.model.parameters()) < sum(before)
+    learn.unfreeze()
+    assert [p.requires_grad for p in learn.model.parameters()] == before
+
+
+def test_another_precision_replaces_the_one_before(shapes):
+    learn = small(get_dls(shapes, batch_size=16), precision="bf16")
+    ours = learn.mixed_precision
+    assert learn.to_fp16() is learn and learn._grab_cbs(MixedPrecision) == [ours]  # on a CPU there is no other
+    learn.dls = SimpleNamespace(device=torch.device("cuda"))
+    learn.to_fp16()
+    assert [str(cb.amp_mode) for cb in learn._grab_cbs(MixedPrecision)] == ["AMPMode.FP16"]
+
+
+def test_no_bar_is_for_once(dls, capsys):
+    learn = small(dls)
+    progress = learn.progress
+    with learn.no_bar():
+        assert not hasattr(learn, "progress")
+        learn.fit(1, 0.01)
+    assert learn.progress is progress
 
 
 class Cancel(Callback):

@@ -102,13 +102,13 @@ def test_the_operations_of_the_whole_model():
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     macs = [conv.weight.numel() * side**2 for conv, side in zip(convs, sides, strict=True)] + [model.fc.weight.numel()]
     by_hand = 2 * (3 * sum(macs) - macs[0])
-    assert count_flop(model, torch.randn(2, 3, 32, 32)) == 2 * by_hand == 2 * 2_272_032_768
+    assert count_flop(model, (3, 32, 32)) == by_hand == 2_272_032_768
     model.prep[0].weight.requires_grad_(False)
-    assert count_flop(model, torch.randn(1, 3, 32, 32)) == by_hand - 2 * macs[0]
+    assert count_flop(model, (3, 32, 32)) == by_hand - 2 * macs[0]
     model.prep.requires_grad_(False)
     model.layer1.requires_grad_(False)
     first = sum(macs[:4])
-    assert count_flop(model, torch.randn(1, 3, 32, 32)) == by_hand - 2 * (2 * first - macs[0]) - 2 * macs[4]
+    assert count_flop(model, (3, 32, 32)) == by_hand - 2 * (2 * first - macs[0]) - 2 * macs[4]
     assert all(p.grad is None for p in model.parameters()) and model.training
 
 
@@ -116,10 +116,10 @@ def test_operations_are_counted_by_size_and_by_what_is_trained(dls):
     learn = small(dls, sizes=((16, 0.5), (32, 1.0)), freeze=(("prep", 0.75), ("layer1", 0.75)))
     learn.fit(4, 0.01)
     model = learn.model
-    whole = count_flop(model, torch.randn(1, 3, 16, 16)), count_flop(model, torch.randn(1, 3, 32, 32))
+    whole = count_flop(model, (3, 16, 16)), count_flop(model, (3, 32, 32))
     model.prep.requires_grad_(False)
     model.layer1.requires_grad_(False)
-    part = count_flop(model, torch.randn(1, 3, 32, 32))
+    part = count_flop(model, (3, 32, 32))
     assert learn.recorder.flop == 48 * (2 * whole[0] + whole[1] + part)
     learn.validate()
     learn.get_preds()
