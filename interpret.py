@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cifar10 import cli
 from cifar10.cli import UserError
-from cifar10.data import get_dls
+from cifar10.data import evaluated, get_dls
 from cifar10.files import write_json
 from cifar10.images import ImageTable
 from cifar10.interpretation import tta_accuracy
@@ -18,7 +18,7 @@ from model import ResNet
 def main(
     run: str,  # folder of a finished run
     data: str | None = None,  # other labeled images, or where the run's own are now (default: where they were)
-    split: str | None = None,  # train, valid, test or all (default: test, else valid; all if there are no splits)
+    split: str | None = None,  # train, valid, test or all (default: as in the run; of other images the last)
     out: str | None = None,  # folder for the report (default: the run's, or one in it for other images or splits)
     skip_broken: bool = False,  # leave out images that can't be read
     tta: bool = False,  # also measure the accuracy with test-time augmentation
@@ -38,19 +38,23 @@ def main(
     settings = dict(bs=recipe.batch_size, valid=options.valid, stats=(finished.mean, finished.std))
     own = not split and (not data or images.hash == finished.sha256)
     if own:
-        folder, about = Path(out or finished.path), f"{images.name} images"
+        folder, about = Path(out or finished.path), f"{images.name} {evaluated(images, options.valid)} images"
     else:
         if images.ranges and images.ranges != finished.ranges:
             images = ImageTable.open(data or options.data, **place, ranges=finished.ranges)  # as the model knows them
         split = split or ("all" if images.flat else images.splits[-1])
         folder, about = Path(out or finished.path / f"{images.name}-{split}"), f"{images.name} images ({split})"
         settings |= dict(only=split, classes=finished.classes)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() == finished.path.resolve():
+        if not own:
+            raise UserError(f"{folder} is the run's own folder; choose another --out")
+        folder = finished.path
     dls = get_dls(images, **settings)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
     learn = get_learner(dls, model, recipe, "fp32" if options.precision == "fp32" else "auto")
     if own:
         finished.check_data(learn)
+    folder.mkdir(parents=True, exist_ok=True)
     interp, metrics = write_report(learn, folder, about)
     print(f"{run}: {metrics['accuracy']:.2%} of {metrics['images']:,} {about} correct; see {folder / 'report.html'}")
     if tta:

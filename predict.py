@@ -1,6 +1,5 @@
 """Classify images with a finished run: `python predict.py RUN photos/ cat.jpg`; in Python, `Classifier.load(RUN)`."""
 
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -36,7 +35,8 @@ def find_files(images: list[str]) -> list[Path]:
     files: list[Path] = []
     for name in images:
         if name == "-":
-            files += [Path(line) for line in os.fsdecode(sys.stdin.buffer.read()).splitlines() if line]
+            sys.stdin.reconfigure(errors="surrogateescape")
+            files += [Path(line) for line in sys.stdin.read().splitlines() if line]
         elif Path(name).is_dir():
             found = list(list_images(Path(name), Counter()))
             if not found:

@@ -21,7 +21,7 @@ from cifar10 import cli
 from cifar10.callbacks import StopAtNaN, TimeEstimate, ValidateLast
 from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.cli import UserError
-from cifar10.data import describe
+from cifar10.data import describe, evaluated
 from cifar10.decode import SIZE
 from cifar10.distributed import check_same, from_first, is_first, is_restart, launch_id, local_first, process_group
 from cifar10.environment import collect_env
@@ -95,7 +95,7 @@ def choose_lrs(learn: Learner, recipe: Recipe, folder: Path) -> Recipe:
     curve = find_lrs(learn)
     if is_first():
         write_csv(folder / "lr_find.csv", ["lr", "loss"], zip(curve.lrs, curve.losses, strict=True))
-        plot_lr_curve(curve)
+        plot_lr_curve(curve._replace(lr_min=recipe.lr_min or curve.lr_min))
         save_figure(folder / "lr_find.png")
     return replace(recipe, lr_min=recipe.lr_min or curve.lr_min, lr_max=curve.lr_max)
 
@@ -131,7 +131,7 @@ def train(learn: Learner, run: Run, started: float):
     run.save_weights(learn.model)
 
     seconds, flop = learn.recorder.train_seconds, learn.recorder.flop  # the report starts the recorder anew
-    images = f"{data['name']} images"
+    images = f"{data['name']} {evaluated(learn.dls.train.table, run.options.valid)} images"
     interp, metrics = write_report(learn, run.path, images)
     metrics |= dict(
         tta_accuracy=tta_accuracy(interp, recipe.flip),

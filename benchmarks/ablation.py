@@ -140,6 +140,7 @@ def main(
         batch_size = min(fields.get("batch_size", base.batch_size), train_images)
         return replace(base, **fields | dict(batch_size=batch_size))
 
+    results["settings"] = repr([base, variants])
     part = Path(f"{out}.part")  # of a run that was interrupted
     if out and part.is_file():
         before = json.loads(part.read_text(encoding="utf-8"))
@@ -164,6 +165,7 @@ def main(
             pool.shutdown(cancel_futures=True)  # or the others would still be trained before the error is seen
             raise
     print(table(recipe, results))
+    del results["settings"]
     if out:
         before = json.loads(Path(out).read_text(encoding="utf-8")) if Path(out).is_file() else {}
         write_json(Path(out), before | {recipe: results})

@@ -215,6 +215,11 @@ def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", s
     return block.dataloaders(images, table=images, bs=bs, device=where, weighted=weighted)
 
 
+def evaluated(images: ImageTable, valid: str) -> str:
+    """Which images a report is about."""
+    return "held-out" if valid == "holdout" or images.flat else {"test": "test"}.get(images.splits[-1], "validation")
+
+
 def describe(dls: DataLoaders) -> str:
     """What the images are, like: `photos: 3 classes; 80 training and 20 validation images, 99×66 to 640×480 pixels`."""
     images, names = dls.train.table, ("training", "validation", "test")

@@ -40,17 +40,18 @@ def write(path: Path, content: str | bytes):
     """Write `path` atomically: whatever happens, it has the old content or the new. Raises `WriteError`."""
     # A file name in the content may hold bytes that are not UTF-8.
     content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout or a pipe
-        path.write_bytes(content)
-        return
-    path = path.resolve() if path.is_symlink() else path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target = Path(os.path.realpath(path))  # a link stays
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        if path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file() and not path.is_dir()):  # or a pipe
+            with path.open("ab") as file:
+                file.write(content)
+            return
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as reason:
         raise WriteError(path, reason) from None
     finally:

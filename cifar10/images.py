@@ -68,8 +68,6 @@ class ImageTable:
         if lost := {*self.classes} - {*counts}:
             where = folder if listing.flat else f"{folder}/train"
             raise UserError(f"no image of {enumerate_names(lost)} in {where} can be used; repair or remove it")
-        if lost := {*self.splits} - {*self.split}:
-            raise UserError(f"no image in {folder}/{enumerate_names(lost)} can be used; repair or remove it")
         for what, rows in state["found"].items():
             names = [relative(self.files[row], folder) for row in rows]
             notes.append(f"{len(rows):,} of {len(self.files):,} images {what}: {enumerate_names(names)}")
@@ -116,6 +114,8 @@ class ImageTable:
             raise UserError(f"{self.folder} has no {names} beside train/; add one or use --valid holdout")
         if self.valid_pct is not None:
             raise UserError(f"{self.folder} has splits of its own; add --valid holdout, or leave out --valid_pct")
+        if lost := [f"{self.folder}/{name}" for name, rows in zip(self.splits[1:], others) if not len(rows)]:
+            raise UserError(f"no image in {enumerate_names(lost)} can be used; repair or remove it")
         return [train, *others]
 
     def rows_of(self, split: str) -> np.ndarray:

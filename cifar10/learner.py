@@ -77,15 +77,18 @@ class Learner(learner.Learner):
 
     def _call_one(self, event_name: str):
         for cb in self.cbs.sorted("order"):
-            if hasattr(type(cb), event_name) or event_name in vars(cb) or event_name == "after_fit":
+            own = type(cb).__call__ is not Callback.__call__
+            if own or hasattr(type(cb), event_name) or event_name in vars(cb) or event_name == "after_fit":
                 cb(event_name)
 
-    def _do_fit(self):
+    def _with_events(self, f, event_type, *others):
         try:
-            super()._do_fit()
+            super()._with_events(f, event_type, *others)
         except BaseException:
-            for cb in self._grab_cbs((FreezeLayers, Strips)):
-                cb.after_fit()
+            if event_type == "fit":
+                for cb in self._grab_cbs((FreezeLayers, Strips, Progress)):
+                    cb.after_fit()
+                self.opt.zero_grad()
             raise
 
     def one_batch(self, i, b):
@@ -94,7 +97,7 @@ class Learner(learner.Learner):
         try:
             super().one_batch(i, b)
         finally:
-            if torch.is_autocast_enabled(device) and not before:
+            if torch.is_autocast_enabled(device) and not before and hasattr(self, "mixed_precision"):
                 self.mixed_precision.autocast.__exit__(None, None, None)
 
     def add_cb(self, cb):
@@ -127,12 +130,13 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
         lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps, lr_scales=biases,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )  # fmt: skip
+    lr = kwargs.get("lr", recipe.lr_max or 0.1)  # of a fit that names none; fastai's is for Adam
     model = model.to(device)
     if device.type != "mps":
         model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
     settings = dict(
         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
-        opt_func=partial(LiveOptimWrapper, opt=optimizer, fixed=fixed),
+        opt_func=partial(LiveOptimWrapper, opt=optimizer, fixed=fixed, lr=lr),
         metrics=accuracy,
         moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
         default_cbs=False,
@@ -148,8 +152,6 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
             *L(cbs),
         ],
     )
-    if "opt_func" not in kwargs:
-        settings["lr"] = recipe.lr_max or 0.1  # of a fit that names none; fastai's is for Adam
     learn = Learner(dls, model, **(settings | kwargs))
     learn.precision = precision
     return learn

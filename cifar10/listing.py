@@ -72,7 +72,7 @@ def list_folder(folder: Path) -> Listing:
         listing.notes.append(f"{nested:,} images are in folders within a class, and belong to it")
     folders = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     if beside := sorted(name for name in folders if name.casefold() not in present):
-        listing.notes.append(f"{enumerate_names(beside)} beside train/ is not used")
+        listing.notes.append(f"not used, beside train/: {enumerate_names(beside)}")
     for split in present:
         if split not in used:
             why = f"{used[1]}/ is" if split in fit else "it has none of train's classes"

@@ -41,7 +41,7 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
 
     Raises `UserError` if fewer than ten steps come before the blow-up.
     """
-    smooth = uniform_filter1d(np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf), SMOOTHING, mode="nearest")
+    smooth = smoothed(losses)
     bad = np.flatnonzero(~(smooth <= BLOW_UP * smooth[0]))
     end = int(bad[0]) if len(bad) else len(lrs)
     if end < 10:
@@ -49,6 +49,10 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])
     suggestions = {function.__name__: float(function(x, y, end)[0]) for function in (minimum, steep, valley)}
     return min(suggestions.values()) / 10, lrs[int(smooth[:end].argmin())], suggestions
+
+
+def smoothed(losses: list[float]) -> np.ndarray:
+    return uniform_filter1d(np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf), SMOOTHING, mode="nearest")
 
 
 class InMemoryLRFinder(LRFinder):
@@ -78,7 +82,8 @@ def find_lrs(learn: Learner) -> LRCurve:
 def plot_lr_curve(curve: LRCurve):
     """The loss of each step of a sweep, with lr_min, lr_max and fastai's suggestions."""
     _, ax = plt.subplots(figsize=(9, 5), layout="constrained")
-    ax.plot(curve.lrs, curve.losses, ".-", color="tab:blue", label="loss of each step")
+    ax.plot(curve.lrs, curve.losses, ".", color="tab:blue", label="loss of each step")
+    ax.plot(curve.lrs, smoothed(curve.losses), color="tab:blue", alpha=0.5, label="smoothed")
     for name, lr, style in (("lr_min", curve.lr_min, "--"), ("lr_max", curve.lr_max, "-")):
         ax.axvline(lr, color="tab:green", linestyle=style, label=f"{name} = {lr:.2g}")
     for (name, lr), marker in zip(curve.suggestions.items(), "ov^"):

@@ -24,10 +24,9 @@ def per_class(interp: Interpretation) -> dict[str, dict[str, float | int | None]
 
 
 def macro(classes: dict[str, dict]) -> dict[str, float]:
-    """The means over the classes for which there is a value."""
-    keys = ("precision", "recall", "f1")
-    columns = {key: [row[key] for row in classes.values() if row[key] is not None] for key in keys}
-    return {key: float(np.mean(values)) for key, values in columns.items() if values}
+    """The means over the classes that have images; what is undefined for one, if never predicted, counts as 0."""
+    rows = [row for row in classes.values() if row["images"]]
+    return {key: float(np.mean([row[key] or 0.0 for row in rows])) for key in ("precision", "recall", "f1")}
 
 
 def confidence_interval(interp: Interpretation) -> tuple[float, float]:

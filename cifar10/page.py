@@ -47,8 +47,8 @@ body { margin: 0; font: 16px/1.5 system-ui, sans-serif; background: light-dark(#
   color: light-dark(#1a1a1a, #e8e8e8); overflow-wrap: anywhere; }
 main { max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: var(--soft); font-size: .9rem; }
+img { max-width: 100%; min-width: 40rem; height: auto; background: #fff; border-radius: 4px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
   overflow-wrap: break-word; } th { white-space: nowrap; } td:first-child { min-width: 4.5rem; }
@@ -93,11 +93,13 @@ def facts(run: Run, metrics: dict[str, Any]) -> list[list[str]]:
     splits = ", ".join(f"{data[name]:,} {name}" for name in ("train", "valid", "test") if data.get(name))
     side, recipe = data["size"], run.recipe
     cpu = f"{hardware.get('cpu_model') or 'a CPU'}, {hardware['cpu']}, threads: {hardware['threads']}"
+    epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
     versions = (f"{name} {version}" for name, version in config["versions"].items())
     return [
+        ["name", run.path.name],
         ["command", command(run.options)],
         ["data", f"{printable(data['name'])}: {splits} images of {len(data['classes'])} classes, {side}×{side} pixels"],
-        ["training", f"{recipe.epochs} epochs by the recipe {recipe.name}, {metrics['pflop']:.3g} PFLOP"],
+        ["training", f"{epochs} by the recipe {recipe.name}, {metrics['pflop']:.3g} PFLOP"],
         ["learning rate", f"{config['lr_min']:.2g} → {config['lr_max']:.2g} at epoch {recipe.peak_epoch:.3g}"],
         ["duration", f"{metrics['seconds']:,.0f} seconds, {metrics['images_per_second']:,.0f} images per second"],
         ["hardware", hardware["gpu"] if run.options.device == "cuda" else cpu],

@@ -47,8 +47,11 @@ class PixelFile:
         """The images in memory, if they are few enough."""
         if np.prod(self.shape) <= IN_MEMORY:
             return self[:]
-        self.file = self.path.open("rb")
+        self.file = self.path if os.name == "nt" else self.path.open("rb")  # Windows would not replace an open file
         return self
+
+    def __getstate__(self) -> dict[str, Any]:  # of a copy
+        return vars(self) | {"file": self.path}
 
 
 def images_at_once(size: int) -> int:

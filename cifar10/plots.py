@@ -46,16 +46,20 @@ def plot_curves(folder: Path):
         3, 1, figsize=(9, 10), sharex=True, height_ratios=[2, 2, 1], layout="constrained"
     )
     at = [step / steps_per_epoch for step in batches["step"]]
-    loss.plot(at, batches["loss"], color=TRAIN_COLOR, alpha=0.25, label="train, each step")
+    marker = "." if len(at) < 50 else None
+    loss.plot(at, batches["loss"], marker=marker, color=TRAIN_COLOR, alpha=0.4, label="train, each step")
     for ax, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
-        for split, color in (("train", TRAIN_COLOR), ("valid", VALID_COLOR)):
+        for split, color, label in (
+            ("train", TRAIN_COLOR, "train, mean of the epoch"),
+            ("valid", VALID_COLOR, "valid"),
+        ):
             values = [scale * value for value in history[f"{split}_{quantity}"]]
-            ax.plot(history["epoch"], values, "o-", color=color, markersize=4, label=split)
+            ax.plot(history["epoch"], values, "o-", color=color, markersize=4, label=label)
         ax.grid(alpha=0.3)
         ax.legend()
     loss.set_ylabel("Cross-entropy loss")
     accuracy.set_ylabel("Accuracy (%)")
-    lr.plot(at, batches["lr"], color=LR_COLOR)
+    lr.plot(at, batches["lr"], marker=marker, color=LR_COLOR)
     lr.set(xlabel="Epoch", ylabel="Learning rate", xlim=(0, None), ylim=(0, None))
     lr.grid(alpha=0.3)
     lr.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -80,7 +84,9 @@ def plot_confusion(interp: Interpretation):
     """The confusion matrix with its counts; of many classes, the most confused ones, beside the whole in colors."""
     matrix, names = interp.confusion_matrix(), np.array(display_names(interp.names, 24))
     many = len(names) > MAX_CONFUSION
-    figure, axes = plt.subplots(1, 1 + many, figsize=(17, 9.5) if many else (9, 9), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, 1 + many, figsize=(17, 10.5) if many else (9, 9), layout="constrained", squeeze=False
+    )
     if many:
         whole = axes[0, 0]
         whole.imshow(matrix, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.3))  # shows single images, too
@@ -141,7 +147,8 @@ def plot_misclassified(interp: Interpretation):
         show_image(ax, image, text)
         ax.title.set_color("black" if interp.decoded[row] != interp.targs[row] else "tab:green")
     what = which_images(interp, len(shown))
-    figure.suptitle(f"{what[0].upper()}{what[1:]} (out of {len(interp.targs):,})")
+    green = "; green: correct" * (0 < len(interp.misclassified()) < len(shown))
+    figure.suptitle(f"{what[0].upper()}{what[1:]} (out of {len(interp.targs):,}{green})")
 
 
 def which_images(interp: Interpretation, shown: int) -> str:
@@ -150,10 +157,11 @@ def which_images(interp: Interpretation, shown: int) -> str:
     if wrong > shown:
         return f"the {shown} worst of {wrong:,} misclassified images"
     if wrong == shown:
-        return f"all {wrong} misclassified images"
+        return f"all {wrong} misclassified images" if wrong > 1 else "the one misclassified image"
     count = shown - wrong
     certain = f"the {count} least certain correct images" if count > 1 else "the least certain correct image"
-    return f"all {wrong} misclassified and {certain}" if wrong else f"{certain}, as none is misclassified"
+    misclassified = f"all {wrong} misclassified" if wrong > 1 else "the one misclassified"
+    return f"{misclassified} and {certain}" if wrong else f"{certain}, as none is misclassified"
 
 
 @drawable
@@ -194,7 +202,7 @@ def plot_grad_cam(interp: Interpretation):
                     ax.set_ylabel(["Image", *GRADCAM_LEVELS][level])
     bar = figure.colorbar(shown, cax=figure.add_axes((0.95, 0.25, 0.012, 0.5)), ticks=[0, 1])
     bar.ax.set_yticklabels(["none", "most"])
-    bar.set_label("evidence for the class named above", labelpad=-18)
+    bar.set_label("evidence for the class named above, relative to the map's maximum", labelpad=-18)
     figure.suptitle(f"Grad-CAM, the evidence for each class, of {which_images(interp, len(rows))}")
 
 
@@ -228,7 +236,7 @@ def plot_calibration(interp: Interpretation):
     ax.plot(100 * confidence, 100 * accuracy, "o-", color=VALID_COLOR, label="this model", clip_on=False)
     ax.set(ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     ax.grid(alpha=0.3)
-    ax.legend(loc="upper left")
+    ax.legend(loc="best")
     middle = (np.floor(BINS * confidence).clip(max=BINS - 1) + 0.5) * 100 / BINS
     below.bar(middle, counts, width=90 / BINS, color=TRAIN_COLOR)
     below.set(xlabel="Probability of the predicted class (%)", ylabel="Images", yscale="log")

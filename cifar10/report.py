@@ -1,5 +1,6 @@
 """The report of a model on labeled images: report.md and plots. page.py makes a web page of it."""
 
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,14 @@ def tables(interp: Interpretation, metrics: dict[str, Any]) -> dict[str, tuple[l
     rows.append(["", "mean of the classes", str(metrics["images"]), *averages])
     pairs = [[printable(a), printable(b), str(n)] for a, b, n in interp.most_confused(min_val=1)[:10]]
     suspects = [
-        [name_of(interp, row), interp.names[interp.targs[row]], interp.names[interp.decoded[row]],
-         percent(interp.preds[row].max().item())]
+        [name_of(interp, row), interp.names[interp.targs[row]], percent(interp.preds[row, interp.targs[row]].item()),
+         interp.names[interp.decoded[row]], percent(interp.preds[row].max().item())]
         for row in contradicted(interp, N_SUSPECTS)
     ]  # fmt: skip
     found = {
         "Classes": (["number", "class", "images", "precision", "recall", "F1"], rows),
         "Most confused": (["actual", "predicted", "images"], pairs),
-        SUSPECTS: (["image", "label", "predicted", "probability"], suspects),
+        SUSPECTS: (["image", "label", "its probability", "predicted", "its probability"], suspects),
     }
     return {title: table for title, table in found.items() if table[1]}
 
@@ -90,7 +91,7 @@ def markdown_report(interp: Interpretation, metrics: dict[str, Any], images: str
     lines = [f"# {metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct", "", *statements(metrics)]
     for title, (header, rows) in tables(interp, metrics).items():
         rules = ["---" if name in ("class", "actual", "predicted", "image", "label") else "---:" for name in header]
-        cells = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+        cells = ([re.sub(r"([\\`*_{}\[\]<>$|~#])", r"\\\1", cell) for cell in row] for row in rows)
         lines += ["", f"## {title}", ""]
         if title == SUSPECTS:
             lines += [WHAT_SUSPECTS_MEAN, ""]

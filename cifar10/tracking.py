@@ -30,6 +30,7 @@ def tracker_callbacks(run: Run) -> list[Callback]:
         try:
             wandb.init(project="cifar10", name=name, **settings)
         except wandb.Error as reason:
-            raise UserError(f"W&B can't log the run ({reason}); log in, or set WANDB_MODE=offline") from None
+            ways = "log in, or set WANDB_MODE=offline, then resume with"
+            raise UserError(f"W&B can't log the run ({reason}); {ways}: {run.resume_command()}") from None
         return [integration.WandbCallback(log_preds=False)]
     return []

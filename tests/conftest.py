@@ -16,7 +16,8 @@ for place in (
     "GRADIO_TEMP_DIR",
 ):
     os.environ[place] = f"{HOME.name}/{place.lower()}"
-os.environ["no_proxy"] = "127.0.0.1,localhost"
+os.environ["no_proxy"] = ",".join([os.environ.get("no_proxy", ""), "127.0.0.1", "localhost"]).strip(",")
+os.environ["TMPDIR"] = HOME.name
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with a GPU as well
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -89,6 +90,7 @@ def small(dls, width: int = 4, precision: str = "fp32", path=None, **hyperparame
 def trained(digits):
     """A small model after one epoch of digits: some images are still wrong."""
     set_seed(0)
+    digits.train.rng.seed(0)
     learn = get_learner(digits, width=8, precision="fp32")
     learn.fit_one_cycle(1, 0.1)
     return learn

@@ -181,6 +181,7 @@ def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypa
     variants = {"nothing": {}, "no frozen layers": dict(freeze=()), "momentum 0.9": dict(momentum=0.9)}
     monkeypatch.setitem(ablation.VARIANTS, "faster", ({}, variants))
     monkeypatch.setattr(ablation, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(ablation, "as_completed", list)  # in order
 
     def train(recipe, *_):
         trained.append(recipe)

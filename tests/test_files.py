@@ -1,9 +1,13 @@
 """Atomic writes and tables."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from threading import Thread
 
 import pytest
+from commandline import ROOT
 
 from cifar10.cli import UserError
 from cifar10.files import read_csv, write, write_csv
@@ -19,12 +23,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_pipe_is_written_to_and_a_link_stays(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    reader = Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader = Thread(target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True)
     read: list[str] = []
     reader.start()
     write(tmp_path / "pipe", "text")
-    reader.join()
+    reader.join(10)
     assert read == ["text"] and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "table").write_text("before\n")
+    code = "from pathlib import Path; from cifar10.files import write; write(Path('/dev/stdout'), 'after')"
+    with (tmp_path / "table").open("a") as table:
+        subprocess.run([sys.executable, "-c", code], stdout=table, cwd=ROOT, check=True)
+    assert (tmp_path / "table").read_text() == "before\nafter"
+    with pytest.raises(UserError, match=r"/dev/full can't be written .*; free some disk space"):
+        write(Path("/dev/full"), "text")
     (tmp_path / "link").symlink_to("target")
     write(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "text"

@@ -75,6 +75,7 @@ from torch.nn import functional as F
 from cifar10.cli import UserError
 from cifar10.interpretation import Interpretation, grad_cam
 from cifar10.strips import StripConv2d, Strips
+from cifar10.tricks import count_flop
 from model import ResNet, split_by_depth
 from train import get_dls, get_learner
 
@@ -130,24 +131,30 @@ class Fails(Callback):
     def __init__(self, reason):
         self.reason = reason
 
-    def after_pred(self):
+    def fail(self):
         if self.training and self.iter == 2:
             raise self.reason
 
 
+@pytest.mark.parametrize("event", ["after_pred", "after_backward", "before_fit"])
 @pytest.mark.parametrize("reason", [ValueError("of the user"), KeyboardInterrupt(), CancelBatchException()])
-def test_an_exception_does_not_change_the_next_fit(shapes, reason):
+def test_an_exception_does_not_change_the_next_fit(shapes, reason, event):
     """In bfloat16, and by a recipe that freezes layers."""
     learn = small(get_dls(shapes, batch_size=16), precision="bf16", freeze=(("prep", 0.0), ("layer1", 0.0)))
     trained = [p.requires_grad for p in learn.model.parameters()]
     learn.add_cb(Strips())
-    with suppress(ValueError, KeyboardInterrupt):
-        learn.fit(1, 0.01, cbs=Fails(reason))
+    fails = Fails(reason)
+    fails.order, fails.iter = 100, 2  # after all others
+    setattr(fails, event, fails.fail)
+    with suppress(ValueError, KeyboardInterrupt, CancelBatchException):
+        learn.fit(1, 0.01, cbs=fails)
+    assert event == "after_backward" or [p.grad for p in learn.model.parameters() if p.grad is not None] == []
     assert not torch.is_autocast_enabled("cpu") and learn.model(torch.randn(1, 3, 32, 32)).dtype == torch.float32
     assert [p.requires_grad for p in learn.model.parameters()] == trained
     assert not [module for module in learn.model.modules() if type(module) is StripConv2d]
     learn.freeze()
-    learn.fit(1, 0.01)
+    with learn.no_bar():
+        learn.fit(1, 0.01)
     assert not learn.model.prep[0].bias.requires_grad  # as the user said
 
 
@@ -198,6 +205,10 @@ def test_operations_are_counted_without_running_the_model(shapes, tmp_path):
     assert learn.recorder.flop == 0
     learn.remove_cbs([learn.progress, learn.recorder])
     learn.fit(1, 0.01)
+    changed = ResNet(2, width=4)
+    changed.layer3 = nn.Sequential(nn.Conv2d(16, 32, 1), nn.MaxPool2d(2))
+    for model in (changed, torch.compile(ResNet(2, width=4), backend="eager")):
+        assert count_flop(model, (3, 32, 32)) == 0
 
 
 def test_a_fit_without_a_learning_rate_learns(shapes):

@@ -177,7 +177,7 @@ def test_folders_beside_the_splits_are_told(folder, capsys):
     for name in ("Test", "more", ".hidden"):
         (folder / name / "ring").mkdir(parents=True, exist_ok=True)
     (folder / "test").rename(folder / "valid")
-    assert told(folder, capsys) == "set: Test, more beside train/ is not used"
+    assert told(folder, capsys) == "set: not used, beside train/: Test, more"
 
 
 def test_images_in_folders_within_a_class_are_told(folder, capsys):
@@ -266,7 +266,8 @@ def test_a_split_that_is_broken_altogether(folder):
     for file in folder.glob("test/*/*.png"):
         file.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"no image in .*set/test can be used; repair or remove it"):
-        ImageTable(folder, skip_broken=True)
+        get_dls(folder, skip_broken=True, batch_size=2)
+    assert len(get_dls(folder, skip_broken=True, batch_size=2, valid="holdout", valid_pct=0.25).valid_ds) == 3
 
 
 def test_names_of_the_greatest_length(tmp_path):

@@ -329,7 +329,7 @@ def test_odd_names(tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     done = command("interpret.py", run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert r"| ring \| größe $a^{b$\n2 | " in (run / "report.md").read_text()
+    assert r"| ring \| größe \$a^\{b\$\\n2 | " in (run / "report.md").read_text()
 
 
 # ---- Runs

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import random
 import zipfile
 from collections import Counter
@@ -199,6 +200,8 @@ def test_a_training_keeps_its_pixels_when_another_program_replaces_the_cache(tmp
     other = ImageTable(folder)
     assert other.cache == disk.cache and len(other.pixels) == 65 and not torch.equal(other.pixels[:64], before)
     assert torch.equal(disk.pixels[:], before)
+    again = pickle.loads(pickle.dumps(other))
+    assert torch.equal(again.pixels[:], other.pixels[:])
 
 
 def test_images_of_many_bits_are_decoded_in_groups(tmp_path, monkeypatch):
@@ -223,12 +226,16 @@ def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     short = ("--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
     assert command("train.py", "--data", flat, *short, cwd=tmp_path).returncode == 0
     done = command("interpret.py", "runs/run", "--out", "elsewhere", "--tta", cwd=tmp_path)
-    assert "of 10 train images correct" in done.stdout, done.stderr
+    assert "of 10 train held-out images correct" in done.stdout, done.stderr
     run, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("runs/run", "elsewhere"))
+    done = command("interpret.py", "runs/run", "--split", "train", "--out", tmp_path / "runs/run", cwd=tmp_path)
+    assert done.returncode == 2 and "is the run's own folder; choose another --out" in done.stderr
+    done = command("interpret.py", "runs/run", "--out", tmp_path / "runs/run", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads((tmp_path / "runs/run/metrics.json").read_text()).keys() == run.keys()
     assert {key: run[key] for key in other} == other and (tmp_path / "elsewhere/report.html").is_file()
     (flat / "ring/broken.png").write_text("no image")
     done = command("interpret.py", "runs/run", "--data", flat, "--skip_broken", cwd=tmp_path)
-    assert "of 10 train images correct" in done.stdout, done.stderr
+    assert "of 10 train held-out images correct" in done.stdout, done.stderr
     Image.new("RGB", (32, 32), "red").save(flat / "ring/more.png")
     done = command("interpret.py", "runs/run", "--out", "third", "--skip_broken", cwd=tmp_path)
     assert done.returncode == 2 and "are not those of runs/run; give --data another path" in done.stderr

@@ -86,9 +86,9 @@ def with_wrong(interp, count: int):
     [
         (0, "The 20 least certain correct images, as none is misclassified (out of 360)",
          "of the 10 least certain correct images, as none is misclassified"),
-        (3, "All 3 misclassified and the 17 least certain correct images (out of 360)",
+        (3, "All 3 misclassified and the 17 least certain correct images (out of 360; green: correct)",
          "of all 3 misclassified and the 7 least certain correct images"),
-        (19, "All 19 misclassified and the least certain correct image (out of 360)",
+        (19, "All 19 misclassified and the least certain correct image (out of 360; green: correct)",
          "of the 10 worst of 19 misclassified images"),
         (20, "All 20 misclassified images (out of 360)", "of the 10 worst of 20 misclassified images"),
         (21, "The 20 worst of 21 misclassified images (out of 360)", "of the 10 worst of 21 misclassified images"),
