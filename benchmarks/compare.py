@@ -10,13 +10,16 @@ from statistics import mean, stdev
 from typing import Annotated
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from cifar10 import cli
 from cifar10.cli import UserError
 from cifar10.files import read_csv
+from cifar10.names import shorten_middle
 from cifar10.plots import save_figure
 
 LOG = Path(__file__).parents[1] / "results/notebook/log.csv"
+NOTEBOOK = "the assignment's notebook"
 ZOOM = 5  # percentage points on either side of the best final accuracy, in the right half of the plot
 OWN = ("seed", "name", "runs_dir", "device", "resume", "data")  # options that may differ within a row
 
@@ -51,7 +54,7 @@ def spread(values: list[float]) -> str:
 def table(groups: list[list[dict]]) -> str:
     """A row for each group, in Markdown."""
     lines = [
-        "| runs | n | epochs | accuracy | with TTA | PFLOP | minutes, as run |",
+        "| runs | n | epochs | accuracy of the report | with TTA | PFLOP | minutes, as run |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for runs in groups:
@@ -63,7 +66,7 @@ def table(groups: list[list[dict]]) -> str:
             spread([m["accuracy"] for m in metrics]), spread(tta) if tta else "",
             f"{mean(pflop):.3g}" if pflop else "", f"{mean(m['seconds'] for m in metrics) / 60:.1f}",
         ]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
 
@@ -77,19 +80,18 @@ def curves(groups: list[list[dict]]) -> list[tuple[str, list[float], list[float]
         drawn.append((run["name"], history["epoch"], valid, train))
     if all(run["data"]["name"] == "cifar10" and run["settings"]["valid"] == "test" for run in runs):
         log = read_csv(LOG)
-        drawn.append(
-            ("the assignment's notebook", log["epoch"], log["test_accuracy_percent"], log["train_accuracy_percent"])
-        )
+        drawn.append((NOTEBOOK, log["epoch"], log["test_accuracy_percent"], log["train_accuracy_percent"]))
     return drawn
 
 
 def plot(drawn: list[tuple[str, list[float], list[float], list[float]]]):
     """Accuracy after each epoch: on the left the whole, on the right a close-up of the end."""
-    _, (whole, close_up) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, (whole, close_up) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
     for number, (name, epochs, valid, train) in enumerate(drawn):
-        color = "tab:gray" if name.endswith("notebook") else f"C{number % 7}"
+        color, marker = "tab:gray" if name == NOTEBOOK else f"C{number % 7}", ("os^vD" * 9)[number // 7]
+        label = f"{shorten_middle(name, 50)}: {valid[-1]:.2f}%"
         for ax in (whole, close_up):
-            ax.plot(epochs, valid, "o-", color=color, markersize=4, label=f"{name}: {valid[-1]:.2f}%")
+            ax.plot(epochs, valid, f"{marker}-", color=color, markersize=4, label=label)
             ax.plot(epochs, train, "--", color=color, alpha=0.5)
     top = max(valid[-1] for _, _, valid, _ in drawn)
     close_up.set_ylim(top - ZOOM, min(top + ZOOM, 100.5))
@@ -100,7 +102,10 @@ def plot(drawn: list[tuple[str, list[float], list[float], list[float]]]):
     for ax in (whole, close_up):
         ax.set(xlabel="Epoch", ylabel="Accuracy (%)")
         ax.grid(alpha=0.3)
-    whole.legend(loc="lower right")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lines, labels = whole.get_legend_handles_labels()
+    for text in figure.legend(lines, labels, loc="outside lower center", ncols=2).get_texts():
+        text.set_parse_math(False)  # a name may hold dollar signs
 
 
 def main(
