@@ -18,7 +18,7 @@ from model import ResNet
 def main(
     run: str,  # folder of a finished run
     data: str | None = None,  # other labeled images, or where the run's own are now (default: where they were)
-    split: str | None = None,  # train, valid, test or all (default: as in the run; of other images the last)
+    split: str | None = None,  # train, valid, test or all (default: as in the run; for other images, the last one)
     out: str | None = None,  # folder for the report (default: the run's, or one in it for other images or splits)
     skip_broken: bool = False,  # leave out images that can't be read
     tta: bool = False,  # also measure the accuracy with test-time augmentation

@@ -105,6 +105,8 @@ def fails_first() -> bool:
 
 def fail(message: str, status: int):
     """Print `message` to stderr and end the program with `status`. Of several processes, the first to fail prints."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # torchrun may send one right now
+        signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):  # the terminal may have been closed
         if fails_first():
             print(message, file=sys.stderr)

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -108,6 +108,8 @@ def local_first() -> Iterator[None]:
     def wait():
         while store and not store.check(ready):
             if store.check(["unready"]):
+                with suppress(RuntimeError):
+                    store.wait(["failed"], timedelta(seconds=10))  # by the one that knows the reason, see `fails_first`
                 raise UserError("another process failed, see its message")
             time.sleep(0.1)
 
