@@ -217,7 +217,8 @@ def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", s
 
 def evaluated(images: ImageTable, valid: str) -> str:
     """Which images a report is about."""
-    return "held-out" if valid == "holdout" or images.flat else {"test": "test"}.get(images.splits[-1], "validation")
+    named = "test" if images.splits[-1] == "test" else "validation"
+    return "held-out" if valid == "holdout" or images.flat else named
 
 
 def describe(dls: DataLoaders) -> str:

@@ -72,9 +72,8 @@ def decode(item, ranges: ValueRanges, size: int = SIZE) -> tuple[np.ndarray, Any
 
 def decode_files(files: list[Path], ranges: ValueRanges = MappingProxyType({}), size: int = SIZE) -> list:
     """What `decode` returns for each file, or why it can't be used, on all cores."""
-    many = (
-        len(files) > 100 and len(files) * size**2 > 4_000 * SIZE**2
-    )  # starting processes takes longer than a few images
+    # Starting processes takes longer than a few images.
+    many = len(files) > 100 and len(files) * size**2 > 4_000 * SIZE**2
     workers = num_cpus() if many else 0
     chunks = list(chunked(files, max(1, min(100, len(files) // (4 * num_cpus())))))
     parts = parallel(decode_chunk, chunks, ranges=dict(ranges), size=size, n_workers=workers, progress=many)

@@ -43,7 +43,8 @@ def write(path: Path, content: str | bytes):
     target = Path(os.path.realpath(path))  # a link stays
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        if path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file() and not path.is_dir()):  # or a pipe
+        other = path.exists() and not path.is_file() and not path.is_dir()  # a pipe or a device
+        if other or str(path).startswith(("/dev/std", "/dev/fd/")):
             with path.open("ab") as file:
                 file.write(content)
             return

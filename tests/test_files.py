@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from threading import Thread
 
@@ -36,6 +37,11 @@ def test_a_pipe_is_written_to_and_a_link_stays(tmp_path):
     assert (tmp_path / "table").read_text() == "before\nafter"
     with pytest.raises(UserError, match=r"/dev/full can't be written .*; free some disk space"):
         write(Path("/dev/full"), "text")
+    if Path("/dev/shm").is_dir():  # a folder like any other
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            for text in ("before", "after"):
+                write(Path(folder) / "config.json", text)
+            assert (Path(folder) / "config.json").read_text() == "after"
     (tmp_path / "link").symlink_to("target")
     write(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "text"
