@@ -139,6 +139,8 @@ def main(
     "Serve a finished run as a web page on this computer."
     if port is not None and not 0 < port < 65536:
         raise UserError(f"port is {port}; it must be from 1 to 65535")
+    if space and (port or share):
+        raise UserError("--space writes a folder and serves no page; leave out --port and --share")
     path = Path(run) if run else HERE
     weights = path / WEIGHTS if path.is_dir() else path
     classifier = Classifier.load(weights if weights.is_file() else path, ResNet)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cifar10 import cli
 from cifar10.classifier import Classifier
 from cifar10.cli import UserError, extra
-from cifar10.files import write
+from cifar10.files import OutputFile, write
 from model import ResNet
 
 CHECKED = 100  # images on which an exported file is compared with PyTorch
@@ -91,8 +91,8 @@ def save_onnx(program, path: Path, about: dict[str, str]):
 
 def main(
     run: str,  # folder of a finished run, or its model.safetensors
-    onnx: str | None = None,  # file for ONNX
-    torch: str | None = None,  # file for torch.export
+    onnx: OutputFile = None,  # file for ONNX
+    torch: OutputFile = None,  # file for torch.export
 ):
     "Export a finished run to ONNX or torch.export, and compare the file with PyTorch."
     if not (onnx or torch):

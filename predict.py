@@ -15,7 +15,7 @@ from fastai.vision.all import chunked
 from cifar10 import classifier, cli
 from cifar10.cli import UserError
 from cifar10.decode import decode_image, printable
-from cifar10.files import write, write_json
+from cifar10.files import OutputFile, write, write_json
 from cifar10.listing import list_images
 from cifar10.pixels import images_at_once
 from cifar10.plots import plot_explained, save_figure
@@ -53,8 +53,8 @@ def main(
     topk: int = 3,  # classes to show for each image
     tta: bool = False,  # average the predictions for shifted and mirrored views of each image
     gradcam: str | None = None,  # folder for plots that show where the evidence for the likeliest class lies
-    json: str | None = None,  # JSON file for the probabilities of all classes
-    csv: str | None = None,  # CSV file for the table
+    json: OutputFile = None,  # JSON file for the probabilities of all classes
+    csv: OutputFile = None,  # CSV file for the table
 ):
     "Classify images with a finished run."
     classifier = Classifier.load(run)

@@ -35,7 +35,7 @@ from cifar10.page import write_html
 from cifar10.plots import save_figure
 from cifar10.recipes import RECIPES, Recipe
 from cifar10.report import write_report
-from cifar10.run import Run, home_relative
+from cifar10.run import Run, check_folder, home_relative
 from cifar10.tracking import tracker_callbacks
 from model import ResNet, split_by_depth
 
@@ -172,6 +172,8 @@ def start(options: Options, given):
         if from_first(lambda: run.is_finished):
             print(f"{run.path} is finished; there is nothing to resume")
             return
+    else:
+        from_first(check_folder, Path(options.runs_dir), options.name)
     set_seed(options.seed, reproducible=True)
 
     with local_first():

@@ -19,7 +19,7 @@ from fastcore.basics import num_cpus
 
 from cifar10 import cli
 from cifar10.environment import collect_env
-from cifar10.files import write_json
+from cifar10.files import OutputFile, write_json
 from cifar10.images import ImageTable
 from cifar10.recipes import RECIPES, Recipe, choices
 from train import fit, get_dls, get_learner
@@ -118,7 +118,7 @@ def main(
     data: str = "cifar10",  # as for train.py
     width: int = 16,  # width of the ResNet
     seeds: int = 1,  # runs per row
-    out: str = "",  # JSON file for the results of all recipes
+    out: OutputFile = None,  # JSON file for the results of all recipes
 ):
     "Train a small model by a recipe, and by the same recipe with one thing changed, and compare them."
     changes, variants = VARIANTS[recipe]

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cifar10 import cli
 from cifar10.cli import UserError
-from cifar10.files import read_csv
+from cifar10.files import OutputFile, read_csv
 from cifar10.names import shorten_middle
 from cifar10.plots import save_figure
 
@@ -110,7 +110,7 @@ def plot(drawn: list[tuple[str, list[float], list[float], list[float]]]):
 
 def main(
     runs: Annotated[str, {"nargs": "+"}],  # folders of finished runs
-    out: str = "compare.png",  # PNG file for the curves
+    out: OutputFile = "compare.png",  # PNG file for the curves
 ):
     "Compare finished runs: a table with mean and standard deviation over seeds, and the curves in one plot."
     folders = dict.fromkeys(str(Path(folder)) for folder in ([runs] if isinstance(runs, str) else runs))

@@ -22,7 +22,7 @@ from cifar10 import cli
 from cifar10.callbacks import SYNC_EVERY, StopAtNaN
 from cifar10.cli import UserError
 from cifar10.environment import collect_env
-from cifar10.files import write_json
+from cifar10.files import OutputFile, write_json
 from cifar10.learner import resolve_precision
 from cifar10.recipes import RECIPES
 from train import get_dls, get_learner
@@ -150,7 +150,7 @@ def summarize(trainings: dict[int, dict]) -> dict:
     return results
 
 
-def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, end: float, out: str):
+def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, end: float, out: str | None):
     """Measure everything, and write each result to `out` at once.
 
     No training and no compilation starts that would probably end after `end` of the performance counter.
@@ -198,7 +198,7 @@ def main(
     seeds: int = 5,  # runs by each recipe
     width: int = 64,  # width of the ResNet
     minutes: float = 9.0,  # time limit for everything
-    out: str = "",  # JSON file for the results
+    out: OutputFile = None,  # JSON file for the results
 ):
     "Measure steps and whole trainings on a CUDA GPU."
     end = time.perf_counter() + 60 * minutes

@@ -25,7 +25,7 @@ from benchmarks.speed import largest_child_gib
 from cifar10 import cli
 from cifar10.cli import UserError
 from cifar10.environment import collect_env
-from cifar10.files import write_json
+from cifar10.files import OutputFile, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def main(
     size: int = 128,  # their side in pixels
     processes: int = 1,  # that train
     width: int = 4,  # width of the ResNet
-    out: str = "",  # JSON file for the results
+    out: OutputFile = None,  # JSON file for the results
 ):
     "Measure the peak memory of a training on many images."
     with tempfile.TemporaryDirectory() as temporary:

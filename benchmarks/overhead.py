@@ -17,7 +17,7 @@ from torch import nn
 from cifar10 import cli
 from cifar10.data import TensorDL
 from cifar10.environment import collect_env
-from cifar10.files import write_json
+from cifar10.files import OutputFile, write_json
 from cifar10.optim import Muon
 from cifar10.recipes import ASSIGNMENT
 from model import ResNet
@@ -111,7 +111,7 @@ def main(
     bs: int = 128,  # batch size
     steps: int = 20,  # measured steps of each
     width: int = 64,  # width of the ResNet
-    out: str = "",  # JSON file for the results
+    out: OutputFile = None,  # JSON file for the results
 ):
     "Compare a training step of our Learner with one of a plain PyTorch loop."
     results = measure(bs, steps, width)

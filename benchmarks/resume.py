@@ -21,7 +21,7 @@ from fastai.vision.all import Learner
 import train
 from cifar10 import checkpoint, cli, report
 from cifar10.environment import collect_env
-from cifar10.files import read_csv, write_json
+from cifar10.files import OutputFile, read_csv, write_json
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"data": "digits", "width": 8, "epochs": 2}
@@ -77,7 +77,7 @@ def outcome(run: Path) -> list:
 def main(
     runs: int = 20,  # runs to kill
     seed: int = 0,  # random seed of the moments
-    out: str = "",  # JSON file for the record
+    out: OutputFile = None,  # JSON file for the record
     victim: str = "",  # for internal use
 ):
     "Kill runs at random moments, resume them, and compare them with one that ran without interruption."

@@ -27,7 +27,7 @@ from cifar10.cli import UserError
 from cifar10.data import get_device
 from cifar10.distributed import is_distributed, is_first, local_first, process_group
 from cifar10.environment import collect_env
-from cifar10.files import write_json
+from cifar10.files import OutputFile, write_json
 from cifar10.images import ImageTable
 from model import ResNet
 from train import get_dls, get_learner
@@ -114,7 +114,7 @@ def main(
     device: str = "auto",  # as for train.py
     gpu: str = "results/gpu.json",  # what benchmarks.gpu measured on one GPU, for the projection
     worker: bool = False,  # be one of the processes; for internal use
-    out: str = "",  # JSON file for the results
+    out: OutputFile = None,  # JSON file for the results
 ):
     "Compare training steps in one and in several processes."
     if worker:

@@ -48,7 +48,7 @@ from benchmarks.seeds import now
 from cifar10 import cli
 from cifar10.decode import SIZE
 from cifar10.environment import collect_env
-from cifar10.files import write_json
+from cifar10.files import OutputFile, write_json
 from cifar10.strips import StripConv2d
 from model import ResNet
 from train import get_dls, get_learner
@@ -256,7 +256,7 @@ def main(
     steps: int = 2,  # measured steps of each way in a round
     rounds: int = 4,  # in which all ways alternate
     width: int = 64,  # width of the ResNet
-    out: str = "",  # JSON file for the results
+    out: OutputFile = None,  # JSON file for the results
 ):
     "Compare our training with other ways and with the machine's limit."
     set_seed(0)

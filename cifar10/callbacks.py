@@ -49,7 +49,8 @@ class Progress(ProgressCallback):
             epoch, extra = "epoch", EpochRecorder.EXTRA
         else:
             epoch, extra = log[0] + 1, self.recorder.extra[-1] if self.recorder.extra else [math.nan] * 2
-        super()._write_stats([epoch, *log[1:-1], *extra, log[-1]])
+        row = [epoch, *log[1:-1], *extra, log[-1]]
+        super()._write_stats(["" if value != value else value for value in row])  # NaN: not computed
 
 
 class EpochRecorder(Recorder):
@@ -157,7 +158,7 @@ class StopAtNaN(Callback):
             epoch, batch = divmod(step, len(self.dls.train))
             raise UserError(
                 f"the loss became {loss:g} in epoch {epoch + 1}, batch {batch + 1} of {len(self.dls.train)}, at a"
-                f" learning rate of {self.recorder.lrs[step]:.2g}; train again with a lower --lr_max"
+                f" learning rate of {self.recorder.lrs[step]:.2g}; start another run with a lower --lr_max"
             )
 
     after_train = after_validate = check

@@ -59,7 +59,7 @@ class Classifier:
         except OSError:
             if (Path(run) / "config.json").is_file():
                 raise UserError(f"{run} holds no {WEIGHTS}; finish the run, or copy its weights there") from None
-            raise UserError(f"{run} is neither the folder of a finished run nor its {WEIGHTS}") from None
+            raise UserError(f"{run} is neither the folder of a finished run nor its {WEIGHTS}; give either") from None
         except (LookupError, RuntimeError, TypeError, AttributeError) as reason:
             raise UserError(f"{path} does not hold a model of this program ({str(reason)[:200]})") from None
 

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import tempfile
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -30,6 +32,17 @@ class WriteError(UserError):
         }
         remedy = remedies.get(reason.errno or 0, "check the permissions")
         super().__init__(f"{path} can't be written ({reason.strerror or reason}); {remedy}")
+
+
+def output_file(path: str) -> str:
+    """The type of an option for a file to write: whether it can be is told before the work, not after."""
+    missing = 0 if Path(path).parent.is_dir() else errno.ENOENT
+    if number := errno.EISDIR if Path(path).is_dir() else missing:
+        raise ArgumentTypeError(WriteError(Path(path), OSError(number, os.strerror(number))))
+    return path
+
+
+OutputFile = Annotated[str | None, {"type": output_file}]
 
 
 class CorruptFileError(UserError):

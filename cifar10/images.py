@@ -113,7 +113,7 @@ class ImageTable:
             names = "test/, valid/ or val/ with class folders"
             raise UserError(f"{self.folder} has no {names} beside train/; add one or use --valid holdout")
         if self.valid_pct is not None:
-            raise UserError(f"{self.folder} has splits of its own; add --valid holdout, or leave out --valid_pct")
+            raise UserError(f"{self.data} has splits of its own; add --valid holdout, or leave out --valid_pct")
         if lost := [f"{self.folder}/{name}" for name, rows in zip(self.splits[1:], others) if not len(rows)]:
             raise UserError(f"no image in {enumerate_names(lost)} can be used; repair or remove it")
         return [train, *others]

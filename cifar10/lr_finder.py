@@ -87,6 +87,7 @@ def plot_lr_curve(curve: LRCurve):
     for name, lr, style in (("lr_min", curve.lr_min, "--"), ("lr_max", curve.lr_max, "-")):
         ax.axvline(lr, color="tab:green", linestyle=style, label=f"{name} = {lr:.2g}")
     for (name, lr), marker in zip(curve.suggestions.items(), "ov^"):
+        name = name.replace("minimum", "minimum / 10")  # the LR with the lowest loss, divided by ten
         height = np.interp(np.log(lr), np.log(curve.lrs), curve.losses)
         ax.plot(lr, height, marker, color="tab:orange", markersize=9, label=f"fastai's {name}: {lr:.2g}")
     ax.set(xscale="log", xlabel="Learning rate", ylabel="Cross-entropy loss")

@@ -25,12 +25,12 @@ class Options:
     skip_broken: bool = False  # leave out images that can't be read, and train on the rest
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, scaled with epochs)
-    batch_size: int | None = None  # images per step (default: the recipe's; 64 for fewer than 10,000 images)
+    batch_size: int | None = None  # images per step (default: the recipe's; at most 64 for fewer than 10,000 images)
     lr_max: float | None = None  # highest learning rate (default: the recipe's, or from the LR finder)
-    lr_min: float | None = None  # initial learning rate (default: the recipe's, from the LR finder, or lr_max / 100)
+    lr_min: float | None = None  # initial learning rate (default: the recipe's part of lr_max, found, or lr_max / 100)
     annihilate: Annotated[bool | None, YES_NO] = None  # end near zero instead of at lr_min (default: the recipe's)
     flip: Annotated[bool | None, YES_NO] = None  # mirror training images at random (default: yes; no on the digits)
-    clip: float | None = None  # clip gradients by value (default: no; the assignment's notebook uses 0.1)
+    clip: float | None = None  # limit for each value of a gradient; 0 for none (default: 0; the notebook uses 0.1)
     l1: float | None = None  # weight of an L1 penalty on all parameters (default: 0)
     norm: Annotated[str, choices("batch", "layer")] = "batch"  # normalization layer
     width: Annotated[int, Bounds(1, 4096)] = 64  # channels of the first layer; 8 makes a small model for a quick try

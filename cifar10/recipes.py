@@ -130,9 +130,14 @@ class Recipe:
         return cls(**values | pairs)
 
     def adapted(self, train_images: int, **changes) -> "Recipe":
-        """The recipe for a data set, with `changes`: the peak stays in proportion, and small data get small batches."""
+        """The recipe for a data set, with `changes`: its peak and its lowest learning rate stay in proportion.
+
+        Small data sets get small batches.
+        """
         epochs = changes.get("epochs", self.epochs)
         changes.setdefault("peak_epoch", self.peak_epoch * epochs / self.epochs)
+        if self.lr_min and self.lr_max:
+            changes.setdefault("lr_min", self.lr_min * changes.get("lr_max", self.lr_max) / self.lr_max)
         if train_images < SMALL:
             changes.setdefault("batch_size", max(1, min(64, train_images)))
         return replace(self, **changes)

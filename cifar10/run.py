@@ -200,15 +200,23 @@ class Run:
             raise UserError(f"{weights} does not fit the model: {shorten(str(reason), 200)}") from None
 
 
+def check_folder(runs_dir: Path, name: str | None):
+    """Raise `UserError` if the folder of a run can't be made. It is also asked before long work."""
+    if name and (runs_dir / name).exists():
+        raise UserError(f"{runs_dir / name} exists already; choose another --name or --runs_dir")
+    nearest = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"{nearest} is no folder to write to; choose another --runs_dir")
+
+
 def make_folder(runs_dir: Path, name: str | None, default: str) -> Path:
     """Make `runs_dir/name`, or a new folder named after date, time and `default`."""
+    check_folder(runs_dir, name)
     path = runs_dir / (name or f"{datetime.now():%Y%m%d-%H%M%S}-{default}")
     while name is None and path.is_dir():  # of another run of this second
         path = path.with_name(path.name + "-2")
     try:
         path.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{path} exists already; choose another --name or --runs_dir") from None
     except OSError as reason:
         raise UserError(f"{path} can't be made ({reason.strerror}); choose another --runs_dir") from None
     return path

@@ -80,7 +80,8 @@ def prepare_data(data: str | Path) -> Source:
         raise UserError(f"there is no {data}; --data takes {takes}") from None
     except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
         raise UserError(f"{data} can't be read ({reason})") from None
-    raise UserError(f"{path} holds no folders train/<class>/ or <class>/ with images; the README shows the layouts")
+    what = "one folder only" if len(inside) == 1 else "no folders"
+    raise UserError(f"{path} holds {what}; it needs train/<class>/, or <class>/ for two classes or more, with images")
 
 
 def list_folders(folder: Path) -> list[Path]:

@@ -42,9 +42,10 @@ class Sizes(Callback):
 
 
 @pytest.mark.parametrize("recipe", ["fast", "faster"])
-def test_images_grow_and_validation_sees_full_size_ones(dls, recipe):
+def test_images_grow_and_validation_sees_full_size_ones(dls, recipe, capsys):
     learn = get_learner(dls, RECIPES[recipe], width=4, precision="fp32")
     learn.fit_one_cycle(10, 0.1, cbs=[sizes := Sizes(), ValidateLast()])
+    assert "nan" not in capsys.readouterr().out
     expected = [RECIPES[recipe].side(step / 30) for step in range(30)]
     assert sizes.train == expected and sizes.train[0] == 24 and sizes.train[-1] == 32
     assert sizes.valid == [32]

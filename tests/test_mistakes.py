@@ -85,7 +85,8 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--recipe fast --lr_min 0.8", "lr_min is 0.8; it must be at most lr_max, 0.5"),
         ("epochs 3", "options begin with --"),
         ("--runs_dir file", "choose another --runs_dir"),
-        ("--runs_dir file/below", "choose another --runs_dir"),
+        ("--runs_dir file/below --data no_images", "file is no folder to write to; choose another --runs_dir"),
+        ("--runs_dir . --name file --data no_images", "file exists already; choose another --name"),  # before decoding
         ("--runs_dir /proc/runs", "choose another --runs_dir"),
         ("--name a/b", "plain folder name"),
         ("--name ..", "plain folder name"),
@@ -159,7 +160,7 @@ def no_access(images):
     ("spoil", "says"),
     [
         (shutil.rmtree, "there is no "),
-        (lambda images: shutil.rmtree(images) or images.mkdir(), "holds no folders train/<class>/ or <class>/"),
+        (lambda images: shutil.rmtree(images) or images.mkdir(), "holds no folders; it needs train/<class>/, or"),
         (no_test_split, "with class folders beside train/; add one or use --valid holdout"),
         (empty_test_split, "has class folders without images: test/cross, test/ring; add some or remove them"),
         (no_images, "holds no images in train/<class>/"),

@@ -104,8 +104,9 @@ def test_a_list_from_the_standard_input(run, photos):
 @pytest.mark.parametrize(("target", "says"), [("no/t", "make its folder first"), ("folder", "give the name of a file")])
 @pytest.mark.parametrize("option", ["--csv", "--json"])
 def test_a_table_that_can_not_be_written(run, photos, tmp_path, option, target, says):
+    """It is refused before the images are looked at."""
     (tmp_path / "folder").mkdir()
-    done = command("predict.py", run, photos / "test/ring/0.png", option, target, cwd=tmp_path)
+    done = command("predict.py", run, photos / "test/ring/0.png", "missing.jpg", option, target, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 

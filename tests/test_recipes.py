@@ -66,6 +66,9 @@ def test_it_adapts_to_the_data():
     assert [ASSIGNMENT.adapted(images).batch_size for images in (9_999, 30)] == [64, 30]
     assert ASSIGNMENT.adapted(9_999, batch_size=100).batch_size == 100
     assert FAST.adapted(50_000, epochs=40).peak_epoch == 8
+    assert FAST.adapted(50_000, lr_max=0.05).lr_min == pytest.approx(0.01)
+    assert FAST.adapted(50_000, lr_max=0.05, lr_min=0.02).lr_min == 0.02
+    assert ASSIGNMENT.adapted(50_000, lr_max=0.05).lr_min is None
 
 
 def test_sides():

@@ -155,11 +155,14 @@ def test_download(shapes, tmp_path, monkeypatch):
 def test_wrong_sources(tmp_path):
     with pytest.raises(UserError, match="there is no"):
         prepare_data(tmp_path / "missing")
-    with pytest.raises(UserError, match="holds no folders train"):
+    with pytest.raises(UserError, match="holds no folders; it needs train"):
         prepare_data(tmp_path)
     (tmp_path / "notes.txt").write_text("no archive")
     with pytest.raises(UserError, match="neither a tar nor a zip"):
         prepare_data(tmp_path / "notes.txt")
+    (tmp_path / "single/cats").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds one folder only; it needs train/<class>/, or <class>/ for two classes"):
+        prepare_data(tmp_path / "single")
     (tmp_path / "images/train").mkdir(parents=True)
     with pytest.raises(UserError, match="holds no images"):
         get_dls(tmp_path / "images")
