@@ -143,7 +143,7 @@ def main(
         raise UserError("--space writes a folder and serves no page; leave out --port and --share")
     path = Path(run) if run else HERE
     weights = path / WEIGHTS if path.is_dir() else path
-    classifier = Classifier.load(weights if weights.is_file() else path, ResNet)
+    classifier = Classifier.load(path, ResNet)
     if space:
         return write_space(classifier, weights, Path(space))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

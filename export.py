@@ -4,8 +4,8 @@ Both take uint8 images `(N, 3, size, size)`, any number at a time, and return pr
 names stand in the file's metadata.
 """
 
+import io
 import json
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -22,20 +22,13 @@ CHECKED = 100  # images on which an exported file is compared with PyTorch
 TOLERANCE = 1e-4  # of probabilities
 
 
-class GlobalMaxPool(nn.Module):
-    """`(N, C, H, W)` → `(N, C, 1, 1)`, as `nn.AdaptiveMaxPool2d(1)`, which ONNX does not have."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.amax(dim=(2, 3), keepdim=True)
-
-
 class WithPreprocessing(nn.Module):
     """uint8 `(N, 3, size, size)` → probabilities `(N, classes)`."""
 
     def __init__(self, classifier: Classifier):
         super().__init__()
         self.model = classifier.model.to(memory_format=torch.contiguous_format)
-        self.model.pool = GlobalMaxPool()
+        self.model.pool = nn.MaxPool2d(classifier.size // 8)  # ONNX has no AdaptiveMaxPool2d
         self.register_buffer("mean", classifier.mean)
         self.register_buffer("std", classifier.std)
 
@@ -62,31 +55,21 @@ def export(run: str, onnx: str | None, pt2: str | None):
         expected = module(images)
     program = torch.export.export(module, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
     if pt2:
-        save_torch(program, Path(pt2), about)
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files=about)
+        write(Path(pt2), file.getvalue())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's own, about its way of reading files
             check(pt2, expected, torch.export.load(pt2).module()(images))
     if onnx:
-        save_onnx(program, Path(onnx), about)
+        extra("onnx", "export"), extra("onnxscript", "export")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["probabilities"])
+        exported.model.metadata_props.update(about)
+        write(Path(onnx), exported.model_proto.SerializeToString())
         session = extra("onnxruntime", "export").InferenceSession(onnx)
         check(onnx, expected, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
-
-
-def save_torch(program, path: Path, about: dict[str, str]):
-    with tempfile.TemporaryDirectory() as folder:
-        torch.export.save(program, Path(folder) / "model.pt2", extra_files=about)
-        write(path, (Path(folder) / "model.pt2").read_bytes())
-
-
-def save_onnx(program, path: Path, about: dict[str, str]):
-    extra("onnx", "export"), extra("onnxscript", "export")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["probabilities"])
-    exported.model.metadata_props.update(about)
-    with tempfile.TemporaryDirectory() as folder:
-        exported.save(Path(folder) / "model.onnx")
-        write(path, (Path(folder) / "model.onnx").read_bytes())
 
 
 def main(

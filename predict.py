@@ -15,7 +15,7 @@ from fastai.vision.all import chunked
 from cifar10 import classifier, cli
 from cifar10.cli import UserError
 from cifar10.decode import decode_image, printable
-from cifar10.files import OutputFile, write, write_json
+from cifar10.files import OutputFile, write_csv, write_json
 from cifar10.listing import list_images
 from cifar10.pixels import images_at_once
 from cifar10.plots import plot_explained, save_figure
@@ -61,7 +61,7 @@ def main(
     if topk < 1:
         raise UserError(f"topk is {topk}; it must be at least 1")
     topk = min(topk, len(classifier.classes))
-    files = find_files([images] if isinstance(images, str) else images)
+    files = find_files(images)
     if not files:
         raise UserError("no images were named; give files, folders, or a list on the standard input")
     if gradcam and Path(gradcam).is_file():
@@ -81,12 +81,12 @@ def main(
             if gradcam:
                 explain(classifier, some[i], row, Path(gradcam))
     columns = ["image", *(name for k in range(1, topk + 1) for name in (f"class {k}", f"probability {k}"))]
-    table = pd.DataFrame(rows, columns=columns)
     if json:
         write_json(Path(json), probabilities)
     if csv:
-        write(Path(csv), table.to_csv(index=False, lineterminator="\n"))
+        write_csv(Path(csv), columns, rows)
     if rows and not (json or csv):
+        table = pd.DataFrame(rows, columns=columns)
         for name in columns[2::2]:
             table[name] = table[name].map("{:.1%}".format)
         aligned = {name: f"{{:<{max(map(len, table[name]))}}}".format for name in table.columns}  # left

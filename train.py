@@ -12,7 +12,8 @@ import cifar10  # first, because it corrects matplotlib's backend
 
 # isort: split
 from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
-from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner, set_seed  # noqa: F401 (for a REPL)
+from fastai.torch_core import num_distrib, set_seed
+from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner  # noqa: F401 (for a REPL)
 
 import cifar10.data
 import cifar10.learner
@@ -24,7 +25,6 @@ from cifar10.cli import UserError
 from cifar10.data import describe, evaluated
 from cifar10.decode import SIZE
 from cifar10.distributed import check_same, from_first, is_first, is_restart, launch_id, local_first, process_group
-from cifar10.environment import collect_env
 from cifar10.files import write, write_csv
 from cifar10.images import ImageTable
 from cifar10.initialize import init_dirac, init_whitening
@@ -58,7 +58,8 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
         *([FlipLR()] if recipe.flip else []),
         Cutout(cutout, cutout),
     ]
-    return cifar10.data.get_dls(images, transforms, recipe.batch_size, valid, device, weighted=recipe.weighted)
+    settings = dict(bs=recipe.batch_size, valid=valid, device=device, weighted=recipe.weighted)
+    return cifar10.data.get_dls(images, transforms, **settings)
 
 
 def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64, precision="auto", **kw) -> Learner:
@@ -109,7 +110,7 @@ def train(learn: Learner, run: Run, started: float):
         recipe = replace(recipe, lr_min=run.config["lr_min"], lr_max=run.config["lr_max"])
         done, started = checkpoint[1]["epochs"], started - checkpoint[1]["elapsed"]
         print(f"Resuming after epoch {done} of {recipe.epochs}")
-        before, now = run.config["hardware"].get("processes", 1), collect_env()["hardware"]["processes"]
+        before, now = run.config["hardware"].get("processes", 1), max(1, num_distrib())
         if before != now:
             print(f"Started with {before} and resumed with {now} processes: the result is the same only up to rounding")
         learn.add_cb(TimeEstimate(recipe, done))

@@ -122,7 +122,7 @@ def main(
 ):
     "Train a small model by a recipe, and by the same recipe with one thing changed, and compare them."
     changes, variants = VARIANTS[recipe]
-    images = ImageTable.open(data)
+    images = ImageTable.open(data)  # decoded here, before all processes need them
     train_images = len(images.split_rows("holdout")[0])
     base = RECIPES[recipe].adapted(train_images, **dict(images.defaults) | dict(validate="last") | changes)
     results = dict(
@@ -146,7 +146,6 @@ def main(
         before = json.loads(part.read_text(encoding="utf-8"))
         if before == json.loads(json.dumps(results)) | dict(accuracies=before["accuracies"]):
             results["accuracies"] |= before["accuracies"]
-    _ = images.pixels  # decoded once, before all processes need them
     with ProcessPoolExecutor(num_cpus(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         trainings = {
             pool.submit(holdout_accuracy, recipe_with(fields), data, width, seed): (title, seed)

@@ -5,7 +5,6 @@ peak resident size of its largest process. With `--processes 2`, torchrun starts
 proportional set sizes are reported, too, in which a page that several processes share counts in equal parts.
 """
 
-import io
 import os
 import re
 import subprocess
@@ -36,9 +35,7 @@ def make_some(folder: Path, size: int, numbers: range):
         rng = np.random.default_rng(number)
         pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8) // (1 + number % 2)
         image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
-        file = io.BytesIO()
-        image.save(file, "JPEG")
-        (folder / ("bright", "dark")[number % 2] / f"{number:06}.jpg").write_bytes(file.getvalue())
+        image.save(folder / ("bright", "dark")[number % 2] / f"{number:06}.jpg")
 
 
 def watch(launcher: subprocess.Popen) -> list[float]:

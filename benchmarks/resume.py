@@ -19,7 +19,7 @@ from pathlib import Path
 from fastai.vision.all import Learner
 
 import train
-from cifar10 import checkpoint, cli, report
+from cifar10 import checkpoint, cli, plots
 from cifar10.environment import collect_env
 from cifar10.files import OutputFile, read_csv, write_json
 
@@ -39,7 +39,7 @@ PHASES = {
     "training": (Learner, "one_batch", lambda learn, *_: is_training(learn), 2 * EPOCH_STEPS, 0.1),
     "validation": (Learner, "one_batch", lambda learn, *_: not learn.training, 2 * EPOCH_VALID_STEPS, 0.05),
     "writing a checkpoint": (checkpoint, "save_tensors", lambda *_: True, 3, 0.05),
-    "plotting": (report, "save_figure", lambda *_: True, 4, 0.5),
+    "plotting": (plots, "save_figure", lambda *_: True, 4, 0.5),
 }  # fmt: skip
 
 

@@ -41,7 +41,6 @@ from fastai.vision.augment import Flip
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from benchmarks.seeds import now
@@ -50,6 +49,7 @@ from cifar10.decode import SIZE
 from cifar10.environment import collect_env
 from cifar10.files import OutputFile, write_json
 from cifar10.strips import StripConv2d
+from cifar10.tricks import count_flop
 from model import ResNet
 from train import get_dls, get_learner
 
@@ -156,13 +156,6 @@ def steps_of_other_way(name: str, data: str, bs: int, width: int, steps: int) ->
 
 
 # ---- The limits ----------------------------------------------------------------------------------------------------
-
-
-def training_flops(model: nn.Module) -> int:
-    """Floating-point operations of a forward and a backward pass for one image, additions included."""
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randn(1, 3, SIZE, SIZE)).sum().backward()
-    return counter.get_total_flops()
 
 
 # Of the model's convolutions: channels in, in widths or 3; channels out, in widths; pixels along each side.
@@ -278,7 +271,7 @@ def main(
         convolutions.append(convolution_seconds(width, bs, dtype))
         loading += data_seconds(dls, steps)
     step = {name: statistics.median(values) for name, values in seconds.items()}
-    per_image = training_flops(ResNet(len(dls.vocab), width=width))
+    per_image = count_flop(ResNet(len(dls.vocab), width=width), (3, SIZE, SIZE))
     rate = bs / step["ours"] * per_image
     results = dict(
         batch_size=bs, width=width, steps=steps * rounds, precision=learn.precision,

@@ -1,49 +1,42 @@
 """Checkpoints: the whole state of a training, the callback that saves it, and how a run resumes from it."""
 
-import random
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fastai.vision.all import Callback, L, Learner, ProgressCallback, get_model
 from torch import Tensor
 
 from cifar10.cli import UserError
-from cifar10.distributed import is_first
+from cifar10.distributed import is_first, random_states, set_random_states
 from cifar10.files import CorruptFileError, load_tensors, save_tensors
 from cifar10.run import Run
 
 KEEP = 2  # checkpoints, so that there is another one if the newest is damaged
-DEVICE_RNG = {"cuda": torch.cuda, "mps": torch.mps}  # devices with a random state of their own
 
 
 def state_dict(learn: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the rest of a training depends on, and its history so far, as tensors and as JSON."""
-    recorder, loaders = learn.recorder, (learn.dls.train, learn.dls.valid)
+    recorder = learn.recorder
     tensors = {f"model.{name}": value for name, value in get_model(learn.model).state_dict().items()}
     for index, values in learn.opt.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items() if value is not None}
-    tensors["torch"] = torch.get_rng_state()
-    if device := DEVICE_RNG.get(learn.dls.device.type):
-        tensors["device"] = device.get_rng_state()
+    states = random_states(learn.dls)
+    tensors |= {name: states.pop(name) for name in ("torch", "device") if name in states}
     tensors["lrs"] = torch.tensor(recorder.lrs, dtype=torch.float64)
     tensors["losses"] = torch.stack(recorder.step_losses) if recorder.step_losses else torch.empty(0)
-    numpy: Any = np.random.get_state()
     state = dict(
         epochs=len(recorder.values),
         # The memory layout decides the order of computation, which could change the last bit.
         channels_last=sorted(name for name, value in tensors.items() if value.ndim == 4 and not value.is_contiguous()),
-        python=random.getstate(),
-        numpy=[numpy[0], numpy[1].tolist(), *numpy[2:]],
-        loaders=[loader.rng.getstate() for loader in loaders],
         scaler=learn.scaler.state_dict() if getattr(learn, "scaler", None) else {},  # fp16 only
         values=[list(row) for row in recorder.values],
         extra=recorder.extra,
         seconds=recorder.seconds,
         train_seconds=recorder.train_seconds,
         flop=recorder.flop,
+        **states,
     )
     return tensors, state
 
@@ -60,13 +53,7 @@ def load_state_dict(learn: Learner, tensors: dict[str, Tensor], state: dict[str,
                 value = value.contiguous(memory_format=torch.channels_last)
             optimizer["state"].setdefault(int(index), {})[name] = value
     learn.opt.load_state_dict(optimizer)
-    torch.set_rng_state(tensors["torch"])
-    if "device" in tensors and (device := DEVICE_RNG.get(learn.dls.device.type)):
-        device.set_rng_state(tensors["device"])
-    np.random.set_state(tuple(state["numpy"]))
-    generators = (random, learn.dls.train.rng, learn.dls.valid.rng)
-    for generator, (kind, numbers, gauss) in zip(generators, [state["python"], *state["loaders"]], strict=True):
-        generator.setstate((kind, tuple(numbers), gauss))  # JSON has no tuples
+    set_random_states(learn.dls, state | tensors)
     if state["scaler"] and hasattr(learn, "scaler"):
         learn.scaler.load_state_dict(state["scaler"])
     recorder = learn.recorder

@@ -1,23 +1,13 @@
 """How the images reach the model: ImageTable → DataBlock → DataLoaders, where a batch is one indexing operation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from unicodedata import normalize
 
 import numpy as np
 import torch
-from fastai.data.all import (
-    CategoryBlock,
-    DataBlock,
-    DataLoaders,
-    IntToFloatTensor,
-    Normalize,
-    TfmdDL,
-    ToTensor,
-    Transform,
-)
+from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, IntToFloatTensor, Normalize, TfmdDL, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.data import ImageBlock
 from torch import Tensor
@@ -26,7 +16,6 @@ from cifar10.cli import UserError
 from cifar10.decode import SIZE, ValueRanges, decode_image
 from cifar10.images import ImageTable
 from cifar10.listing import enumerate_names
-from cifar10.recipes import ASSIGNMENT
 
 
 class TensorDL(TfmdDL):
@@ -97,7 +86,7 @@ class TensorDL(TfmdDL):
 
         Raises `UserError` if there are transforms that would be left out.
         """
-        transforms, takes_parts = getattr(self.after_batch, "fs", []), self.takes_parts
+        transforms, takes_parts = self.after_batch.fs, self.takes_parts
         leave_labels(*transforms)
         steps = [step for when in (self.after_item, self.before_batch) for step in getattr(when, "fs", [when])]
         if other := [step for step in steps if not isinstance(step, ToTensor)]:
@@ -115,11 +104,8 @@ class TensorDL(TfmdDL):
     @property
     def takes_parts(self) -> bool:
         """Whether to load a part of each batch only: all transforms draw no random numbers, or those for all of it."""
-        transforms = getattr(self.after_batch, "fs", [])
-        return self.share is not None and all(
-            hasattr(transform, "part") or isinstance(transform, (IntToFloatTensor, Normalize))
-            for transform in transforms
-        )
+        alike = [hasattr(tfm, "part") or isinstance(tfm, (IntToFloatTensor, Normalize)) for tfm in self.after_batch.fs]
+        return self.share is not None and all(alike)
 
     def batch(self, indices: Tensor) -> tuple:
         """Images uint8 `(n, 3, size, size)`, and labels int64 `(n,)` if the data set has them, on the device."""
@@ -139,7 +125,7 @@ class TensorDL(TfmdDL):
         return to_detach(b, cpu and not (isinstance(b, Tensor) and b.ndim == 0), gather=False)
 
 
-def leave_labels(*transforms: Transform):
+def leave_labels(*transforms):
     """Give transforms that have no method for labels one that returns them as they are.
 
     Otherwise plum raises an exception for each batch, whose traceback keeps the batch in memory until Python's garbage
@@ -164,8 +150,8 @@ class ClassOf:
     Below `folder/<split>/<class>/`, or `folder/<class>/` if it is `flat`, it is the class folder's.
     """
 
-    def __init__(self, folder: Path, flat: bool = False, labels: Mapping[Path, str] = MappingProxyType({})):
-        self.folder, self.flat, self.labels = folder, flat, dict(labels)
+    def __init__(self, folder: Path, flat: bool, labels: dict[Path, str]):
+        self.folder, self.flat, self.labels = folder, flat, labels
         self.__name__ = "class_of"  # fastai can't pickle a function without a name
 
     def __call__(self, file) -> str:
@@ -184,16 +170,16 @@ def get_device(device: str) -> torch.device:
     return default_device() if device == "auto" else torch.device(device)
 
 
-def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", stats=None,
+def get_dls(data, tfms=(), *, bs: int, valid="test", device="auto", stats=None,
             weighted=False, only: str | None = None, classes: list[str] | None = None) -> DataLoaders:  # fmt: skip
     """fastai DataLoaders: images `(N, 3, size, size)`, normalized, and labels int64 `(N,)`.
 
     `data` is an `ImageTable` or what `prepare_data` takes; `tfms` are batch transforms beside `Normalize`, whose mean
-    and standard deviation per channel are `stats`, by default those of the training images. `bs` is the batch size, by
-    default 512, or 64 for fewer than 10,000 training images. `valid` is "test", or "holdout" for a part of the training
-    images; `device` is "auto", "cpu", "cuda" or "mps". If there is a third split, `dls[2]` holds the test images.
-    `weighted` draws the training images of all classes equally often. `only` validates on the images of one split,
-    whose classes may be some of `classes`. Raises `UserError` for data that can't be used.
+    and standard deviation per channel are `stats`, by default those of the training images. `bs` is the batch size.
+    `valid` is "test", or "holdout" for a part of the training images; `device` is "auto", "cpu", "cuda" or "mps". If
+    there is a third split, `dls[2]` holds the test images. `weighted` draws the training images of all classes equally
+    often. `only` validates on the images of one split, whose classes may be some of `classes`. Raises `UserError` for
+    data that can't be used.
     """
     where, images = get_device(device), ImageTable.open(data)
     splits = [images.rows_of(only)] * 2 if only else images.split_rows(valid)
@@ -211,7 +197,6 @@ def get_dls(data, tfms=(), bs: int | None = None, valid="test", device="auto", s
         batch_tfms=[*tfms, Normalize.from_stats(*(stats or images.stats(splits[0])))],
         dl_type=TensorDL,
     )
-    bs = bs or ASSIGNMENT.adapted(len(splits[0])).batch_size
     return block.dataloaders(images, table=images, bs=bs, device=where, weighted=weighted)
 
 

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,7 @@ def decode(item, ranges: ValueRanges, size: int = SIZE) -> tuple[np.ndarray, Any
     return np.array(image).transpose(2, 0, 1), used, found
 
 
-def decode_files(files: list[Path], ranges: ValueRanges = MappingProxyType({}), size: int = SIZE) -> list:
+def decode_files(files: list[Path], ranges: ValueRanges, size: int) -> list:
     """What `decode` returns for each file, or why it can't be used, on all cores."""
     # Starting processes takes longer than a few images.
     many = len(files) > 100 and len(files) * size**2 > 4_000 * SIZE**2

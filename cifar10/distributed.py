@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.data.core import DataLoaders
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +31,7 @@ from cifar10.sync_batch_norm import SyncBatchNorm2d
 
 T = TypeVar("T")
 LOST = "a lost connection to another process"
+DEVICE_RNG = {"cuda": torch.cuda, "mps": torch.mps}  # devices with a random state of their own
 
 
 def is_distributed() -> bool:
@@ -163,7 +165,7 @@ class Distributed(Callback):
         if (bs := self.dls.train.bs) < num_distrib():
             raise UserError(f"batch_size is {bs}, below the {num_distrib()} processes; use fewer of them")
         self.loaders = self.dls.loaders
-        share_random_numbers(self.loaders, self.dls.device)
+        set_random_states(self.dls, from_first(random_states, self.dls))
         for loader in self.loaders:
             loader.share = slice(rank_distrib(), None, num_distrib())
         self.norms = [module for module in self.model.modules() if type(module) is nn.BatchNorm2d]
@@ -222,19 +224,20 @@ class Distributed(Callback):
                         transform.part = None
 
 
-def share_random_numbers(loaders, device: torch.device):
-    """Have all processes draw the random numbers that the first one would draw."""
+def random_states(dls: DataLoaders) -> dict[str, Any]:
+    """Of all generators that a training draws from: two tensors, of PyTorch and of the device, and values for JSON."""
+    numpy: Any = np.random.get_state()
+    states: dict[str, Any] = dict(python=random.getstate(), numpy=[numpy[0], numpy[1].tolist(), *numpy[2:]])
+    states |= dict(loaders=[dl.rng.getstate() for dl in (dls.train, dls.valid)], torch=torch.get_rng_state())
+    device = DEVICE_RNG.get(dls.device.type)
+    return states | (dict(device=device.get_rng_state()) if device else {})
 
-    def states() -> list:
-        cuda = [torch.cuda.get_rng_state()] if device.type == "cuda" else []
-        generators = [dl.rng.getstate() for dl in loaders]
-        return [random.getstate(), np.random.get_state(), generators, torch.get_rng_state(), *cuda]
 
-    python, numpy, generators, cpu, *cuda = from_first(states)
-    random.setstate(python)
-    np.random.set_state(numpy)
-    for loader, state in zip(loaders, generators, strict=True):
-        loader.rng.setstate(state)
-    torch.set_rng_state(cpu)
-    for state in cuda:
-        torch.cuda.set_rng_state(state)
+def set_random_states(dls: DataLoaders, states: dict[str, Any]):
+    np.random.set_state(tuple(states["numpy"]))
+    generators = (random, dls.train.rng, dls.valid.rng)
+    for generator, (kind, numbers, gauss) in zip(generators, [states["python"], *states["loaders"]], strict=True):
+        generator.setstate((kind, tuple(numbers), gauss))  # JSON has no tuples
+    torch.set_rng_state(states["torch"])
+    if "device" in states and (device := DEVICE_RNG.get(dls.device.type)):
+        device.set_rng_state(states["device"])

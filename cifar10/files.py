@@ -89,7 +89,7 @@ def read_csv(path: Path) -> dict[str, list[float]]:
             raise ValueError("it has no rows")
     except (OSError, ValueError) as reason:
         raise UserError(f"{path} can't be read as a table of numbers ({reason}); resume or repeat the run") from None
-    return {str(name): list(map(float, values)) for name, values in table.items()}
+    return table.to_dict("list")
 
 
 @contextmanager

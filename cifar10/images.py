@@ -1,10 +1,12 @@
 """Images in memory: every file of an image folder decoded once into one tensor, which is cached on disk."""
 
 import hashlib
+import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 from cifar10.cli import UserError
 from cifar10.decode import SIZE, ValueRanges, decode_files, full_range, printable
 from cifar10.listing import Listing, enumerate_names, list_folder, list_table
-from cifar10.pixels import PixelFile, digest, images_at_once, load_state, overwrite, publish, write_pixels
+from cifar10.pixels import PixelFile, digest, images_at_once, overwrite, publish, write_pixels
 from cifar10.sources import prepare_data, short_hash, short_name
 
 HOLDOUT = 0.1  # of the training images, for hyperparameter selection without the test split
@@ -39,11 +41,11 @@ class ImageTable:
     read, unless `skip_broken` leaves them out, and if the rest can't be trained on.
     """
 
-    def __init__(self, folder: Path, data: str = "", defaults: Mapping[str, Any] = MappingProxyType({}),
-                 skip_broken: bool = False, size: int = SIZE, valid_pct: float | None = None,
-                 ranges: ValueRanges | None = None):  # fmt: skip
+    def __init__(self, data: str | Path, skip_broken: bool = False, size: int = SIZE,
+                 valid_pct: float | None = None, ranges: ValueRanges | None = None):  # fmt: skip
+        folder, self.data, self.defaults = prepare_data(data)
         self.folder, self.name = folder, printable(folder.parent.name if folder.is_file() else folder.name)
-        self.data, self.defaults, self.size, self.valid_pct = data or str(folder), dict(defaults), size, valid_pct
+        self.size, self.valid_pct = size, valid_pct
         listing = list_table(folder) if folder.is_file() else list_folder(folder)
         self.copies: dict[torch.device, Tensor] = {}
         self.fingerprint, self.given = fingerprint(listing, folder, ranges), ranges
@@ -81,12 +83,9 @@ class ImageTable:
             print(f"{self.name}: {note}")
 
     @classmethod
-    def open(cls, data: "str | Path | ImageTable", skip_broken: bool = False, size: int = SIZE,
-             valid_pct: float | None = None, ranges: ValueRanges | None = None) -> "ImageTable":  # fmt: skip
-        """The images that `data` names; see `prepare_data`. Raises `UserError` if they can't be used."""
-        if isinstance(data, ImageTable):
-            return data
-        return cls(*prepare_data(data), skip_broken=skip_broken, size=size, valid_pct=valid_pct, ranges=ranges)
+    def open(cls, data: "str | Path | ImageTable", *args, **kwargs) -> "ImageTable":
+        """The images that `data` names, unless it is an `ImageTable` already."""
+        return data if isinstance(data, ImageTable) else cls(data, *args, **kwargs)
 
     def split_rows(self, valid: str) -> list[np.ndarray]:
         """Rows of the training images, of the validation images, and of the test images if they are a third split.
@@ -147,18 +146,15 @@ class ImageTable:
 
     def load(self, listing: Listing) -> tuple[Tensor | PixelFile, dict[str, Any]] | None:
         """Pixels and state from the cache, if it is intact and fits the folder."""
-        state = load_state(self.cache)
-        if not state or state.get("fingerprint") != self.fingerprint:
-            return None
-        try:
-            keep = [i for i in range(len(listing.files)) if i not in dict(state["broken"])]
-            pixels = PixelFile(self.cache, len(keep), self.size)
-            intact = self.cache.stat().st_size == np.prod(pixels.shape) and state["sha256"] == digest(
-                (f"{listing.splits[i]}/{listing.labels[i]}" for i in keep), pixels
-            )
-        except (OSError, LookupError, TypeError, ValueError):
-            return None
-        return (pixels.load(), state) if intact else None
+        with suppress(OSError, LookupError, TypeError, ValueError):  # there is no cache, or a damaged one
+            state = json.loads(self.cache.with_suffix(".json").read_text(encoding="utf-8"))
+            broken = dict(state["broken"])
+            places = [f"{listing.splits[i]}/{listing.labels[i]}" for i in range(len(listing.files)) if i not in broken]
+            pixels = PixelFile(self.cache, len(places), self.size)
+            fits = state["fingerprint"] == self.fingerprint and self.cache.stat().st_size == np.prod(pixels.shape)
+            if fits and state["sha256"] == digest(places, pixels):
+                return pixels.load(), state
+        return None
 
     def build(self, listing: Listing) -> tuple[Tensor | PixelFile, dict[str, Any]]:
         """Decode all images and cache them."""
@@ -178,8 +174,9 @@ class ImageTable:
                 sizes.extend(item[2] for _, item in good)
                 yield [item[0] for _, item in good]
 
-        written = write_pixels(self.cache, decoded(), self.size)
+        temporary = self.cache.with_name(f".{self.cache.name}.{os.getpid()}.part")
         try:
+            written = write_pixels(temporary, decoded(), self.size)
             keep = [i for i in range(len(listing.files)) if i not in broken]
             ranges = dict(self.given or {})
             for kind in sorted({kind for kind, *_ in used.values()} - {*ranges}):
@@ -203,7 +200,7 @@ class ImageTable:
             )  # fmt: skip
             return publish(written, self.cache, state).load(), state
         finally:
-            written.path.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def suspicious(pixels: PixelFile, places: list[tuple[str, str]], flat: bool) -> dict[str, list[int]]:

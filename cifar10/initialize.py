@@ -39,7 +39,7 @@ def init_whitening(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.GroupNorm, batches
     for batch in batches:
         images = batch.cpu().as_subclass(Tensor)  # some devices have no float64
         for some in images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel())):
-            patches = some.double().unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+            patches = nn.functional.unfold(some.double(), k).transpose(1, 2).flatten(0, 1)
             products, count = products + patches.T @ patches, count + len(patches)
         seen += len(images)
         if seen >= WHITENED:

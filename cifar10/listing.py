@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 from unicodedata import normalize
@@ -12,38 +11,31 @@ import pandas as pd
 
 from cifar10.cli import UserError
 from cifar10.decode import IMAGE_SUFFIXES, printable
-from cifar10.sources import is_hidden
+from cifar10.sources import is_hidden, list_folders
 
 VALID = ("valid", "val", "validation")  # names of the split to validate on while training
 MAX_NAMES = 20  # in a message
 
 
-@dataclass
 class Listing:
-    """Image `files[i]` has the class `labels[i]` and is in `splits[i]`; `notes` say what is left out.
+    """Of the images in `classes`, split → class → files: `files[i]` has the class `labels[i]` and is in `splits[i]`.
 
-    If it is `flat`, there are no splits: all images are in "train", of which a part is to be validated on.
+    `notes` say what is left out, and which classes are easily mistaken or have no images in a split. If it is `flat`,
+    there are no splits: all images are in "train", of which a part is to be validated on.
     """
 
-    files: list[Path] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    flat: bool = False
-
-    def add(self, classes: dict[str, dict[str, list[Path]]]):
-        """Add images by split and class, and notes on classes that are easily mistaken, and on those without images."""
-        for split, by_label in classes.items():
-            for label, files in by_label.items():
-                self.files += files
-                self.splits += [split] * len(files)
-                self.labels += [label] * len(files)
+    def __init__(self, classes: dict[str, dict[str, list[Path]]], ignored: Counter, flat: bool = False):
+        images = [(s, label, file) for s, labels in classes.items() for label in labels for file in labels[label]]
+        self.splits, self.labels, self.files = (list(column) for column in zip(*images))
+        self.flat, self.notes = flat, list[str]()
         for _, alike in groupby(sorted(classes["train"], key=simplified), key=simplified):
             for one, other in pairwise(alike):
                 self.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
         for split in classes:
             if missing := [name for name in classes["train"] if name not in classes[split]]:
                 self.notes.append(f"{split}/ has no images of {enumerate_names(missing)}, so they can't be evaluated")
+        if count := ignored.total():
+            self.notes.append(f"{count:,} file{'s' * (count > 1)} ignored: {kinds(ignored)}")
 
 
 def list_folder(folder: Path) -> Listing:
@@ -65,21 +57,18 @@ def list_folder(folder: Path) -> Listing:
     fit = [split for split in others if classes[split].keys() & classes["train"].keys()]
     fit = fit or [split for split in others if classes[split]][:1]
     used = ["train", *[split for split in fit if split != "test"][:1], *[split for split in fit if split == "test"]]
-    check_classes(folder, {split: classes[split] for split in used}, ignored)
-    listing = Listing()
-    listing.add({split: classes[split] for split in used})
+    chosen, found = {split: classes[split] for split in used}, sum((ignored[split] for split in used), Counter())
+    check_classes(folder, chosen, found)
+    listing = Listing(chosen, found)
     if nested := sum(len(file.relative_to(folder).parts) > 3 for file in listing.files):
         listing.notes.append(f"{nested:,} images are in folders within a class, and belong to it")
-    folders = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
-    if beside := sorted(name for name in folders if name.casefold() not in present):
+    if beside := [path.name for path in list_folders(folder) if path.name.casefold() not in present]:
         listing.notes.append(f"not used, beside train/: {enumerate_names(beside)}")
     for split in present:
         if split not in used:
             why = f"{used[1]}/ is" if split in fit else "it has none of train's classes"
             why = why if classes[split] else "its files have no class folders"
             listing.notes.append(f"{split}/ is not used: {why}")
-    if found := sum((ignored[split] for split in used), Counter()):
-        listing.notes.append(f"{found.total():,} file{'s' * (found.total() > 1)} ignored: {kinds(found)}")
     return listing
 
 
@@ -89,12 +78,8 @@ def list_flat(folder: Path, ignored: Counter) -> Listing:
     if splits := [name for name in classes if simplified(name) in ("train", "training", *VALID, "test", "testing")]:
         names = enumerate_names(splits)
         raise UserError(f"{folder} holds {names}, but no train/; rename its folders to train, valid and test")
-    check_classes(folder, {"": classes}, {"": ignored})
-    listing = Listing(flat=True)
-    listing.add({"train": classes})
-    if ignored.total():
-        listing.notes.append(f"{ignored.total():,} file{'s' * (ignored.total() > 1)} ignored: {kinds(ignored)}")
-    return listing
+    check_classes(folder, {"": classes}, ignored)
+    return Listing({"train": classes}, ignored, flat=True)
 
 
 def list_table(table: Path) -> Listing:
@@ -127,10 +112,8 @@ def list_table(table: Path) -> Listing:
     for split in [name for name in ("train", *VALID, "test") if name in {*rows["split"]} or name == "train"]:
         groups = rows[rows["split"] == split].groupby("label")["image"]
         classes[split] = {str(label): [table.parent / image for image in images] for label, images in groups}
-    check_classes(table, classes, {split: Counter() for split in classes})
-    listing = Listing(flat=flat)
-    listing.add(classes)
-    return listing
+    check_classes(table, classes, Counter())
+    return Listing(classes, Counter(), flat)
 
 
 def kinds(ignored: Counter) -> str:
@@ -174,7 +157,7 @@ def list_images(folder: Path, ignored: Counter) -> Iterator[Path]:
                 ignored[printable(suffix) or "without a suffix"] += 1
 
 
-def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]], ignored: dict[str, Counter]):
+def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]], ignored: Counter):
     """Raise `UserError` for classes that can't be learned.
 
     `classes` maps split → class → images. The first split is train, or "" for all images of a flat folder.
@@ -185,9 +168,9 @@ def check_classes(folder: Path, classes: dict[str, dict[str, list[Path]]], ignor
         raise UserError(f"{folder} holds no images in {first or '.'}/<class>/; it should hold PNG or JPEG files there")
     bare = [(split, name) for split in classes for name in classes[split] if not classes[split][name]]
     if empty := [f"{split}/{name}".lstrip("/") for split, name in bare]:
-        other = kinds(sum((ignored[split] for split in classes), Counter()))
         what = f"{folder} has class folders without images: {enumerate_names(empty)}"
-        raise UserError(f"{what}; add some or remove them" + f" (ignored files: {other})" * bool(other))
+        other = f" (ignored files: {kinds(ignored)})" if ignored.total() else ""
+        raise UserError(f"{what}; add some or remove them{other}")
     if len(train) == 1:
         raise UserError(f"{where} holds images of one class only, {printable(*train)}; add another")
     for split, others in classes.items():

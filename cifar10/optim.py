@@ -1,7 +1,6 @@
 """The optimizer: Muon for convolutions, SGD for all other parameters, in one class."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,10 +53,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 0.0,
                  use_muon: bool = True, lr_scale: float = 1.0, ns_steps: int = 3,
-                 lr_scales: Mapping[Any, float] = MappingProxyType({}), dtype=torch.float32):  # fmt: skip
+                 lr_scales: Mapping[Any, float] | None = None, dtype=torch.float32):  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.use_muon, self.lr_scale, self.ns_steps, self.dtype = use_muon, lr_scale, ns_steps, dtype
-        self.lr_scales = dict(lr_scales)
+        self.lr_scales = dict(lr_scales or {})
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("use_muon", "lr_scale", "ns_steps", "dtype", "lr_scales")

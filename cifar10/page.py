@@ -6,31 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastcore.xml import (
-    FT,
-    H1,
-    H2,
-    Body,
-    Figcaption,
-    Figure,
-    Head,
-    Html,
-    Img,
-    Main,
-    Meta,
-    P,
-    Section,
-    Style,
-    Table,
-    Tbody,
-    Td,
-    Th,
-    Thead,
-    Title,
-    Tr,
-    ft,
-    to_xml,
-)  # fmt: skip
+from fastcore import xml
 
 from cifar10.decode import printable
 from cifar10.files import read_csv, write
@@ -64,15 +40,15 @@ PLOTS = {
 }
 
 
-def table(header: list[str], rows: list[list[str]]) -> FT:
-    body = Tbody(*(Tr(*map(Td, row)) for row in rows))
-    return ft("div", Table(Thead(Tr(*map(Th, header))), body), cls="wide", tabindex="0")  # to be scrolled with keys
+def table(header: list[str], rows: list[list[str]]) -> xml.FT:
+    head, body = xml.Thead(xml.Tr(*map(xml.Th, header))), xml.Tbody(*(xml.Tr(*map(xml.Td, row)) for row in rows))
+    return xml.Div(xml.Table(head, body), cls="wide", tabindex="0")  # to be scrolled with keys
 
 
-def plot(file: Path, title: str, caption: str) -> FT:
+def plot(file: Path, title: str, caption: str) -> xml.FT:
     data = base64.b64encode(file.read_bytes()).decode()
-    picture = Img(src=f"data:image/png;base64,{data}", alt=f"{title}: {caption}")
-    return Section(H2(title), Figure(picture, Figcaption(caption)))
+    picture = xml.Img(src=f"data:image/png;base64,{data}", alt=f"{title}: {caption}")
+    return xml.Section(xml.H2(title), xml.Figure(picture, xml.Figcaption(caption)))
 
 
 def command(options: Options) -> str:
@@ -109,7 +85,7 @@ def facts(run: Run, metrics: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def results(run: Run, metrics: dict[str, Any], own: bool) -> FT:
+def results(run: Run, metrics: dict[str, Any], own: bool) -> xml.FT:
     """The accuracies, and the notebook's beside them where the data is CIFAR-10."""
     rows = [["accuracy", percent(metrics["accuracy"], 2)]]
     if "tta_accuracy" in metrics:
@@ -124,13 +100,13 @@ def results(run: Run, metrics: dict[str, Any], own: bool) -> FT:
 def write_html(interp: Interpretation, metrics: dict[str, Any], run: Run, folder: Path, images: str):
     """Write report.html into the folder, with the plots that are there. `images` says which ones were classified."""
     title = f"{metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct"
-    parts = [Section(results(run, metrics, folder == run.path), *map(P, statements(metrics)))]
+    parts = [xml.Section(results(run, metrics, folder == run.path), *map(xml.P, statements(metrics)))]
     plots = {folder / f"{name}.png": about for name, about in PLOTS.items()}
     parts += [plot(file, *about) for file, about in plots.items() if file.is_file()]
     for name, (header, rows) in tables(interp, metrics).items():
-        explained = [P(WHAT_SUSPECTS_MEAN)] if name == SUSPECTS else []
-        parts.append(Section(H2(name), *explained, table(header, rows)))
-    parts.append(Section(H2("The run"), table(["", ""], facts(run, run.metrics | metrics))))
-    metas = Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width, initial-scale=1")
-    head = Head(*metas, Title(title), Style(STYLE))
-    write(folder / "report.html", to_xml(Html(head, Body(Main(H1(title), *parts)), lang="en")))
+        explained = [xml.P(WHAT_SUSPECTS_MEAN)] if name == SUSPECTS else []
+        parts.append(xml.Section(xml.H2(name), *explained, table(header, rows)))
+    parts.append(xml.Section(xml.H2("The run"), table(["", ""], facts(run, run.metrics | metrics))))
+    metas = xml.Meta(charset="utf-8"), xml.Meta(name="viewport", content="width=device-width, initial-scale=1")
+    head, body = xml.Head(*metas, xml.Title(title), xml.Style(STYLE)), xml.Body(xml.Main(xml.H1(title), *parts))
+    write(folder / "report.html", xml.to_xml(xml.Html(head, body, lang="en")))

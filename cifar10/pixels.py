@@ -1,10 +1,8 @@
 """The cache of decoded images: a file of uint8 pixels, which may be larger than the memory, and its state in JSON."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +65,20 @@ def digest(places: Iterable[str], pixels: PixelFile) -> str:
 
 
 def write_pixels(path: Path, groups: Iterable[list[np.ndarray]], size: int) -> PixelFile:
-    """Write groups of images `(3, size, size)`, one after the other, into a temporary file. Raises `WriteError`."""
-    count, temporary, complete = 0, path.with_name(f".{path.name}.{os.getpid()}.part"), False
+    """Write groups of images `(3, size, size)`, one after the other. Raises `WriteError`."""
+    count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with path.open("wb") as file:
             for group in groups:
                 for image in group:
                     file.write(image.tobytes())
                 count += len(group)
             file.flush()
             os.fsync(file.fileno())
-        complete = True
     except OSError as reason:
         raise WriteError(path, reason) from None
-    finally:
-        if not complete:
-            temporary.unlink(missing_ok=True)
-    return PixelFile(temporary, count, size)
+    return PixelFile(path, count, size)
 
 
 def overwrite(pixels: PixelFile, images: Iterable[tuple[int, np.ndarray]]):
@@ -106,11 +100,3 @@ def publish(pixels: PixelFile, path: Path, state: dict[str, Any]) -> PixelFile:
         raise WriteError(path, reason) from None
     write_json(path.with_suffix(".json"), state)
     return PixelFile(path, len(pixels), pixels.shape[-1])
-
-
-def load_state(path: Path) -> dict[str, Any] | None:
-    """The state that `publish` wrote, if there is one that can be read."""
-    with suppress(OSError, ValueError):
-        state = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return state if isinstance(state, dict) else None
-    return None

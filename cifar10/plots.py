@@ -106,15 +106,9 @@ def plot_confusion(interp: Interpretation):
 
 def most_confused_classes(matrix: np.ndarray, count: int) -> list[int]:
     """`count` classes in order: those of the largest numbers beside the diagonal."""
-    pairs = matrix + matrix.T
-    np.fill_diagonal(pairs, -1)
-    order = np.argsort(-np.triu(pairs, 1), axis=None, kind="stable")
-    chosen: dict[int, None] = {}
-    for place in order:
-        chosen.update(dict.fromkeys(map(int, divmod(int(place), len(matrix)))))
-        if len(chosen) >= count:
-            break
-    return sorted(list(chosen)[:count])
+    order = np.argsort(-np.triu(matrix + matrix.T, 1), axis=None, kind="stable")
+    classes = np.stack(divmod(order, len(matrix)), axis=1).flatten()  # of one pair after the other
+    return sorted(list(dict.fromkeys(classes.tolist()))[:count])
 
 
 def caption(interp: Interpretation, names: list[str], row: int, kind: str, label: int, limit: int) -> str:

@@ -9,28 +9,20 @@ import torch
 from fastai.vision.all import Learner
 from torchvision.transforms.v2.functional import to_pil_image
 
+from cifar10 import plots
 from cifar10.decode import printable
 from cifar10.files import write
 from cifar10.interpretation import Interpretation
 from cifar10.metrics import contradicted, fit_temperature, summarize
 from cifar10.names import fonts_for
-from cifar10.plots import (
-    N_MISCLASSIFIED,
-    plot_calibration,
-    plot_confusion,
-    plot_curves,
-    plot_grad_cam,
-    plot_misclassified,
-    save_figure,
-)
 
 SUSPECTS = "Labels to check"
 N_SUSPECTS, N_EXAMPLES = 20, 10
 PLOTS = {
-    "confusion_matrix": plot_confusion,
-    "misclassified": plot_misclassified,
-    "gradcam": plot_grad_cam,
-    "calibration": plot_calibration,
+    "confusion_matrix": plots.plot_confusion,
+    "misclassified": plots.plot_misclassified,
+    "gradcam": plots.plot_grad_cam,
+    "calibration": plots.plot_calibration,
 }
 WHAT_SUSPECTS_MEAN = (
     "Misclassified images, ordered by how much likelier the model finds another class than the label. Some of these"
@@ -51,10 +43,12 @@ def tables(interp: Interpretation, metrics: dict[str, Any]) -> dict[str, tuple[l
     averages = [percent(metrics["macro"].get(key)) for key in ("precision", "recall", "f1")]
     rows.append(["", "mean of the classes", str(metrics["images"]), *averages])
     pairs = [[printable(a), printable(b), str(n)] for a, b, n in interp.most_confused(min_val=1)[:10]]
+    files = interp.dl.dataset.items
     suspects = [
-        [name_of(interp, row), interp.names[interp.targs[row]], percent(interp.preds[row, interp.targs[row]].item()),
+        [printable("/".join(files[row].parts[-2:])),
+         interp.names[interp.targs[row]], percent(interp.preds[row, interp.targs[row]].item()),
          interp.names[interp.decoded[row]], percent(interp.preds[row].max().item())]
-        for row in contradicted(interp, N_SUSPECTS)
+        for row in contradicted(interp, N_SUSPECTS).tolist()
     ]  # fmt: skip
     found = {
         "Classes": (["number", "class", "images", "precision", "recall", "F1"], rows),
@@ -62,12 +56,6 @@ def tables(interp: Interpretation, metrics: dict[str, Any]) -> dict[str, tuple[l
         SUSPECTS: (["image", "label", "its probability", "predicted", "its probability"], suspects),
     }
     return {title: table for title, table in found.items() if table[1]}
-
-
-def name_of(interp: Interpretation, row) -> str:
-    """The path of an image below its split's folder."""
-    items = getattr(interp.dl.dataset, "items", None)
-    return printable("/".join(Path(items[int(row)]).parts[-2:])) if items is not None else str(int(row))
 
 
 def statements(metrics: dict[str, Any]) -> list[str]:
@@ -103,7 +91,7 @@ def save_images(interp: Interpretation, folder: Path):
     """PNG files for app.py: ten examples, of as many classes as there are, and the misclassified images."""
     by_class = [(interp.targs == label).nonzero().flatten().tolist() for label in range(len(interp.names))]
     rows = [row for same in zip_longest(*by_class) for row in same if row is not None][:N_EXAMPLES]
-    wrong = interp.misclassified()[:N_MISCLASSIFIED].tolist()
+    wrong = interp.misclassified()[: plots.N_MISCLASSIFIED].tolist()
     titles = {row: interp.names[interp.targs[row]] for row in rows}
     predicted = {row: interp.names[interp.decoded[row]] for row in wrong}
     titles_of_wrong = {row: f"{interp.names[interp.targs[row]]}, predicted {predicted[row]}" for row in wrong}
@@ -132,11 +120,11 @@ def write_report(learn: Learner, folder: Path, images: str = "images") -> tuple[
         letters = "".join(sorted(missing)[:20])
         print(f"No font here has {letters}: plots show these classes by their number in report.md")
     if (folder / "history.csv").is_file():
-        plot_curves(folder)
-        save_figure(folder / "curves.png")
+        plots.plot_curves(folder)
+        plots.save_figure(folder / "curves.png")
     for name, plot in PLOTS.items():
         plot(interp)
-        save_figure(folder / f"{name}.png")
+        plots.save_figure(folder / f"{name}.png")
     save_images(interp, folder)
     metrics = summarize(interp, temperature)
     write(folder / "report.md", markdown_report(interp, metrics, images))

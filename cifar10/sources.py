@@ -7,10 +7,9 @@ import stat
 import tarfile
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import fastai.data
@@ -37,7 +36,7 @@ class Source(NamedTuple):
 
     folder: Path  # or a CSV file
     data: str  # what `prepare_data` takes to find it again
-    defaults: Mapping[str, Any] = MappingProxyType({})  # hyperparameters that suit this data set better than a recipe's
+    defaults: dict[str, Any]  # hyperparameters that suit this data set better than a recipe's
 
 
 def prepare_data(data: str | Path) -> Source:
@@ -51,7 +50,7 @@ def prepare_data(data: str | Path) -> Source:
         print(f"{data} is the data set of this name; for the {data} in this folder, pass ./{data}")
     if data in ("auto", "cifar10"):
         try:
-            return Source(cifar10_folder(), "cifar10")
+            return Source(cifar10_folder(), "cifar10", {})
         except OSError as reason:
             trouble = f"CIFAR-10 is neither in {fastai_path('data')} nor can it be downloaded ({reason})"
             if data == "cifar10":
@@ -63,7 +62,7 @@ def prepare_data(data: str | Path) -> Source:
     try:
         path = Path(data).expanduser().resolve(strict=True)
         if path.suffix.lower() == ".csv":
-            return Source(path, str(path))
+            return Source(path, str(path), {})
         unpacked = unpack_once(path) if path.is_file() else path
         inside = list_folders(unpacked)
         found = [p for p in (unpacked, *inside) if p.name == BATCHES or (p / "train").is_dir()]
@@ -71,10 +70,10 @@ def prepare_data(data: str | Path) -> Source:
             names = ", ".join(folder.name for folder in found)
             raise UserError(f"{path} holds several data sets, {names}; pass the path of one of them")
         if found:
-            return Source(convert_batches(found[0]) if found[0].name == BATCHES else found[0], str(path))
+            return Source(convert_batches(found[0]) if found[0].name == BATCHES else found[0], str(path), {})
         for flat in (unpacked, *(inside if len(inside) == 1 else [])):
             if len(list_folders(flat)) > 1:  # a folder for each class
-                return Source(flat, str(path))
+                return Source(flat, str(path), {})
     except FileNotFoundError:
         takes = "auto, cifar10, digits, or a folder, archive or CSV file"
         raise UserError(f"there is no {data}; --data takes {takes}") from None

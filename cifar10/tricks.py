@@ -97,7 +97,7 @@ class CountFlop(Callback):
         if key not in self.per_image:
             self.per_image[key] = count_flop(get_model(self.model), self.x.shape[1:])
         if hasattr(self.learn, "recorder"):
-            self.recorder.flop = getattr(self.recorder, "flop", 0.0) + len(self.x) * self.per_image[key]
+            self.recorder.flop += len(self.x) * self.per_image[key]
 
 
 def count_flop(model: nn.Module, shape) -> int:

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from benchmarks import ablation, compare, gpu, scale, seeds
-from benchmarks.speed import CONVOLUTIONS, training_flops
+from benchmarks.speed import CONVOLUTIONS, count_flop
 from cifar10.cli import UserError
 from cifar10.recipes import RECIPES
 from model import ResNet
@@ -52,7 +52,7 @@ def test_the_operations_of_the_model():
         for layer, (inputs, outputs, side) in enumerate(CONVOLUTIONS)
     ) + 2 * 512 * 10  # fmt: skip
     first = 2 * 9 * 3 * 64 * 32**2  # whose input needs no gradient, which the backward pass of the first layer saves
-    assert training_flops(ResNet()) == 3 * forward - first
+    assert count_flop(ResNet(), (3, 32, 32)) == 3 * forward - first
 
 
 @pytest.mark.slow
