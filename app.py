@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 from cifar10 import cli
 from cifar10.classifier import Classifier
-from cifar10.cli import UserError, extra
+from cifar10.cli import UserError, import_extra
 from cifar10.decode import decode_image, printable
 from cifar10.files import write
 from cifar10.interpretation import grad_cam
@@ -45,7 +45,7 @@ def open_image(classifier: Classifier, file: str | None) -> torch.Tensor | None:
     try:
         return torch.from_numpy(decode_image(Path(file), classifier.ranges, classifier.size))
     except UserError:
-        raise extra("gradio", "app").Error("This file can't be read as an image; choose another one.") from None
+        raise import_extra("gradio", "app").Error("This file can't be read as an image; choose another one.") from None
 
 
 def classify(classifier: Classifier, file: str | None, topk: int) -> dict[str, float] | None:
@@ -76,7 +76,7 @@ def explain(classifier: Classifier, file: str | None, layer: str, label: str, op
 
 def build(classifier: Classifier, folder: Path):
     """The page, as Gradio's Blocks."""
-    gr = extra("gradio", "app")
+    gr = import_extra("gradio", "app")
     names, many = [printable(name) for name in classifier.classes], len(classifier.classes)
     examples = [str(file) for file in sorted((folder / "examples").glob("*.png"))]
     wrong = [(str(file), file.stem.partition("-")[2]) for file in sorted((folder / "misclassified").glob("*.png"))]

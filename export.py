@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cifar10 import cli
 from cifar10.classifier import Classifier
-from cifar10.cli import UserError, extra
+from cifar10.cli import UserError, import_extra
 from cifar10.files import OutputFile, write
 from model import ResNet
 
@@ -62,13 +62,13 @@ def export(run: str, onnx: str | None, pt2: str | None):
             warnings.simplefilter("ignore")  # PyTorch's own, about its way of reading files
             check(pt2, expected, torch.export.load(pt2).module()(images))
     if onnx:
-        extra("onnx", "export"), extra("onnxscript", "export")
+        import_extra("onnx", "export"), import_extra("onnxscript", "export")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["probabilities"])
         exported.model.metadata_props.update(about)
         write(Path(onnx), exported.model_proto.SerializeToString())
-        session = extra("onnxruntime", "export").InferenceSession(onnx)
+        session = import_extra("onnxruntime", "export").InferenceSession(onnx)
         check(onnx, expected, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
 
 

@@ -42,7 +42,7 @@ def main(
     else:
         if images.ranges and images.ranges != finished.ranges:
             images = ImageTable.open(data or options.data, **place, ranges=finished.ranges)  # as the model knows them
-        split = split or ("all" if images.flat else images.splits[-1])
+        split = split or ("all" if images.flat else images.split_names[-1])
         folder, about = Path(out or finished.path / f"{images.name}-{split}"), f"{images.name} images ({split})"
         settings |= dict(only=split, classes=finished.classes)
     if folder.resolve() == finished.path.resolve():

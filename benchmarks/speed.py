@@ -131,7 +131,7 @@ class PlainLoop:
 
 def stock_fastai(dls, width: int) -> Learner:
     folder = dls.train.table.folder
-    valid = dls.train.table.splits[-1]
+    valid = dls.train.table.split_names[-1]
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock),
         get_items=get_image_files,

@@ -102,5 +102,5 @@ class Classifier:
         decoded = decode_files(list(files), self.ranges, self.size)
         broken = {i: item for i, item in enumerate(decoded) if isinstance(item, str)}
         good = [i for i in range(len(decoded)) if i not in broken]
-        pixels = np.array([decoded[i][0] for i in good], np.uint8).reshape(-1, 3, self.size, self.size)
+        pixels = np.array([decoded[i].pixels for i in good], np.uint8).reshape(-1, 3, self.size, self.size)
         return self.classify(torch.from_numpy(pixels), tta), good, broken

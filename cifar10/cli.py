@@ -39,7 +39,7 @@ class UserError(ValueError):
         return self.message
 
 
-def extra(package: str, group: str) -> ModuleType:
+def import_extra(package: str, group: str) -> ModuleType:
     """An optional package. Raises `UserError` with the command that installs it, if it is missing."""
     try:
         return import_module(package)

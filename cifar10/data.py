@@ -202,7 +202,7 @@ def get_dls(data, tfms=(), *, bs: int, valid="test", device="auto", stats=None,
 
 def evaluated(images: ImageTable, valid: str) -> str:
     """Which images a report is about."""
-    named = "test" if images.splits[-1] == "test" else "validation"
+    named = "test" if images.split_names[-1] == "test" else "validation"
     return "held-out" if valid == "holdout" or images.flat else named
 
 

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items
 ValueRanges = Mapping[str, tuple[float, float]]
 
 
+class Decoded(NamedTuple):
+    """What a file holds."""
+
+    pixels: np.ndarray  # uint8 (3, size, size)
+    used: tuple[str, float, float] | None  # the `used_range` of an image with more than 8 bits per value
+    size: tuple[int, int]  # width and height before it was resized
+
+
 def decode_image(item, ranges: ValueRanges | None = None, size: int = SIZE) -> np.ndarray:
     """A path, file, PIL image, array or tensor → uint8 `(3, size, size)` in RGB.
 
@@ -36,17 +44,14 @@ def decode_image(item, ranges: ValueRanges | None = None, size: int = SIZE) -> n
     to 1. Raises `UserError` for what is not an image, is damaged, or has a side of less than `MIN_SIDE` pixels.
     """
     try:
-        return decode(item, ranges or {}, size)[0]
+        return decode(item, ranges or {}, size).pixels
     except ValueError as why:
         name = printable(item) if isinstance(item, (str, Path)) else f"this {type(item).__name__}"
         raise UserError(f"{name} can't be used as an image ({why}); repair or remove it") from None
 
 
-def decode(item, ranges: ValueRanges, size: int = SIZE) -> tuple[np.ndarray, Any, tuple[int, int]]:
-    """The pixels, the `used_range` of an image with more than 8 bits per value, and the image's width and height.
-
-    Raises `ValueError` where `decode_image` raises `UserError`.
-    """
+def decode(item, ranges: ValueRanges, size: int = SIZE) -> Decoded:
+    """Like `decode_image`, but it raises `ValueError`."""
     try:
         image, used = read_image(item), None
         if isinstance(image, np.ndarray):
@@ -66,7 +71,7 @@ def decode(item, ranges: ValueRanges, size: int = SIZE) -> tuple[np.ndarray, Any
     found = image.size
     if found != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.array(image).transpose(2, 0, 1), used, found
+    return Decoded(np.array(image).transpose(2, 0, 1), used, found)
 
 
 def decode_files(files: list[Path], ranges: ValueRanges, size: int) -> list:

@@ -62,10 +62,10 @@ class ImageTable:
             notes.append(f"left out, because {trouble}")
         keep = [i for i in range(len(listing.files)) if i not in broken]
         self.files = [listing.files[i] for i in keep]
-        self.split, self.labels = [listing.splits[i] for i in keep], [listing.labels[i] for i in keep]
-        self.splits, self.classes = list(dict.fromkeys(listing.splits)), sorted({*listing.labels})
+        self.splits, self.labels = [listing.splits[i] for i in keep], [listing.labels[i] for i in keep]
+        self.split_names, self.classes = list(dict.fromkeys(listing.splits)), sorted({*listing.labels})
         self.row = {file: row for row, file in enumerate(self.files)}
-        train = [row for row, split in enumerate(self.split) if split == "train"]
+        train = [row for row, split in enumerate(self.splits) if split == "train"]
         counts = Counter(self.labels[row] for row in train)
         if lost := {*self.classes} - {*counts}:
             where = folder if listing.flat else f"{folder}/train"
@@ -95,8 +95,8 @@ class ImageTable:
         """
         if valid not in ("test", "holdout"):
             raise UserError(f"valid is {valid!r}; it must be one of test, holdout")
-        splits = np.array(self.split)
-        train, *others = (np.flatnonzero(splits == name) for name in self.splits)
+        splits = np.array(self.splits)
+        train, *others = (np.flatnonzero(splits == name) for name in self.split_names)
         if valid == "holdout" or self.flat:
             part = self.valid_pct or (0.2 if self.flat else HOLDOUT)
             labels = [self.labels[row] for row in train]
@@ -113,15 +113,15 @@ class ImageTable:
             raise UserError(f"{self.folder} has no {names} beside train/; add one or use --valid holdout")
         if self.valid_pct is not None:
             raise UserError(f"{self.data} has splits of its own; add --valid holdout, or leave out --valid_pct")
-        if lost := [f"{self.folder}/{name}" for name, rows in zip(self.splits[1:], others) if not len(rows)]:
+        if lost := [f"{self.folder}/{name}" for name, rows in zip(self.split_names[1:], others) if not len(rows)]:
             raise UserError(f"no image in {enumerate_names(lost)} can be used; repair or remove it")
         return [train, *others]
 
     def rows_of(self, split: str) -> np.ndarray:
         """Rows of the images of one split; "all" are those of all splits. Raises `UserError` if there are none."""
-        if split != "all" and split not in self.splits:
-            raise UserError(f"{self.folder} has no {split} split; it has {', '.join(self.splits)}; or use all")
-        return np.flatnonzero([split in ("all", name) for name in self.split])
+        if split != "all" and split not in self.split_names:
+            raise UserError(f"{self.folder} has no {split} split; it has {', '.join(self.split_names)}; or use all")
+        return np.flatnonzero([split in ("all", name) for name in self.splits])
 
     def pixels_on(self, device: torch.device) -> Tensor | PixelFile:
         """The pixels on a device, where they are copied once for all DataLoaders, unless they are on the disk."""
@@ -170,9 +170,9 @@ class ImageTable:
                 group = list(enumerate(decode_files(files, self.given or {}, self.size), begin))
                 broken.update((i, item) for i, item in group if isinstance(item, str))
                 good = [(i, item) for i, item in group if i not in broken]
-                used.update((i, item[1]) for i, item in good if item[1])
-                sizes.extend(item[2] for _, item in good)
-                yield [item[0] for _, item in good]
+                used.update((i, item.used) for i, item in good if item.used)
+                sizes.extend(item.size for _, item in good)
+                yield [item.pixels for _, item in good]
 
         temporary = self.cache.with_name(f".{self.cache.name}.{os.getpid()}.part")
         try:
@@ -185,7 +185,7 @@ class ImageTable:
             if used and not self.given:  # again, with the range of all
                 row, again = {i: row for row, i in enumerate(keep)}, [listing.files[i] for i in used]
                 groups = chunked(again, images_at_once(self.size))
-                images = (item[0] for some in groups for item in decode_files(some, ranges, self.size))
+                images = (item.pixels for some in groups for item in decode_files(some, ranges, self.size))
                 overwrite(written, zip((row[i] for i in used), images, strict=True))
             places = [(listing.splits[i], listing.labels[i]) for i in keep]
             found = suspicious(written, places, listing.flat)

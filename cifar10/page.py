@@ -12,7 +12,7 @@ from cifar10.decode import printable
 from cifar10.files import read_csv, write
 from cifar10.interpretation import Interpretation
 from cifar10.options import Options
-from cifar10.report import SUSPECTS, WHAT_SUSPECTS_MEAN, percent, statements, tables
+from cifar10.report import SUSPECTS, TEXTS, WHAT_SUSPECTS_MEAN, percent, statements, tables
 from cifar10.run import Run
 
 NOTEBOOK = Path(__file__).parents[1] / "results/notebook/log.csv"  # of the assignment
@@ -27,10 +27,10 @@ figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: var(--soft); fo
 img { max-width: 100%; min-width: 40rem; height: auto; background: #fff; border-radius: 4px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  overflow-wrap: break-word; } th { white-space: nowrap; } td:first-child { min-width: 4.5rem; }
-code { font-size: .9em; }
+  overflow-wrap: break-word; } .number { text-align: right; }
+th { white-space: nowrap; } td:first-child { min-width: 4.5rem; } code { font-size: .9em; }
 """
-PLOTS = {
+CAPTIONS = {
     "lr_find": ("LR finder", "Loss of each step while the learning rate rises, and the learning rates that follow."),
     "curves": ("Training", "Loss and accuracy after each epoch, and the learning rate of each step."),
     "confusion_matrix": ("Confusion matrix", "How often each class is predicted for each actual class."),
@@ -41,8 +41,15 @@ PLOTS = {
 
 
 def table(header: list[str], rows: list[list[str]]) -> xml.FT:
-    head, body = xml.Thead(xml.Tr(*map(xml.Th, header))), xml.Tbody(*(xml.Tr(*map(xml.Td, row)) for row in rows))
-    return xml.Div(xml.Table(head, body), cls="wide", tabindex="0")  # to be scrolled with keys
+    kinds = [None if name in ("", *TEXTS) else "number" for name in header]
+
+    def row(tag, cells: list[str]) -> xml.FT:
+        return xml.Tr(*(tag(cell, cls=kind) for cell, kind in zip(cells, kinds, strict=True)))
+
+    body = xml.Tbody(*(row(xml.Td, cells) for cells in rows))
+    return xml.Div(
+        xml.Table(xml.Thead(row(xml.Th, header)), body), cls="wide", tabindex="0"
+    )  # to be scrolled with keys
 
 
 def plot(file: Path, title: str, caption: str) -> xml.FT:
@@ -101,7 +108,7 @@ def write_html(interp: Interpretation, metrics: dict[str, Any], run: Run, folder
     """Write report.html into the folder, with the plots that are there. `images` says which ones were classified."""
     title = f"{metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct"
     parts = [xml.Section(results(run, metrics, folder == run.path), *map(xml.P, statements(metrics)))]
-    plots = {folder / f"{name}.png": about for name, about in PLOTS.items()}
+    plots = {folder / f"{name}.png": about for name, about in CAPTIONS.items()}
     parts += [plot(file, *about) for file, about in plots.items() if file.is_file()]
     for name, (header, rows) in tables(interp, metrics).items():
         explained = [xml.P(WHAT_SUSPECTS_MEAN)] if name == SUSPECTS else []

@@ -67,39 +67,43 @@ def plot_curves(folder: Path):
     figure.suptitle(f"Training: valid accuracy {final:.2%} after {epochs} epoch{'s' * (epochs > 1)}")
 
 
-def drawable(plot):
+def with_fonts(plot):
     """Draw with fonts that have the letters of all class names."""
 
     @wraps(plot)
-    def with_fonts(interp: Interpretation):
+    def draw(interp: Interpretation):
         fonts = fonts_for("".join(interp.names))[0]
         with plt.rc_context({"font.family": fonts, "text.parse_math": False}):  # a name may hold dollar signs
             plot(interp)
 
-    return with_fonts
+    return draw
 
 
-@drawable
+@with_fonts
 def plot_confusion(interp: Interpretation):
-    """The confusion matrix with its counts; of many classes, the most confused ones, beside the whole in colors."""
+    """The confusion matrix: counts, and colors by their share of the actual class.
+
+    Of many classes, the most confused ones, beside the whole in colors.
+    """
     matrix, names = interp.confusion_matrix(), np.array(display_names(interp.names, 24))
+    shares = matrix / matrix.sum(axis=1, keepdims=True).clip(1)  # of the actual class, which may have few images
     many = len(names) > MAX_CONFUSION
     figure, axes = plt.subplots(
         1, 1 + many, figsize=(17, 10.5) if many else (9, 9), layout="constrained", squeeze=False
     )
     if many:
         whole = axes[0, 0]
-        whole.imshow(matrix, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.3))  # shows single images, too
+        whole.imshow(shares, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.3))  # shows small ones, too
         whole.set(xlabel="Predicted class, by number", ylabel="Actual class, by number")
-        whole.set_title("All classes; the darker, the more images")
+        whole.set_title("All classes; the darker, the larger the part of the actual class")
         part = most_confused_classes(matrix, MAX_CONFUSION)
         axes[0, 1].set_title(f"The {len(part)} classes that are confused most")
-        matrix, names = matrix[np.ix_(part, part)], names[part]
-    display = skm.ConfusionMatrixDisplay(matrix, display_labels=names)
-    display.plot(ax=axes[0, -1], cmap="Blues", colorbar=False, xticks_rotation="vertical", values_format="d",
+        matrix, shares, names = matrix[np.ix_(part, part)], shares[np.ix_(part, part)], names[part]
+    display = skm.ConfusionMatrixDisplay(shares, display_labels=names)
+    display.plot(ax=axes[0, -1], cmap="Blues", colorbar=False, xticks_rotation="vertical",
                  text_kw={"fontsize": 10 if len(names) <= 12 else 8})  # fmt: skip
-    for text in display.text_.flat:
-        text.set_text(text.get_text().removeprefix("0"))  # a zero is an empty cell
+    for text, count in zip(display.text_.flat, matrix.flat, strict=True):
+        text.set_text(str(count or ""))  # a zero is an empty cell
     axes[0, -1].set(xlabel="Predicted class", ylabel="Actual class")
     figure.suptitle(f"Confusion matrix: {interp.accuracy:.2%} of {len(interp.targs):,} images correct")
 
@@ -122,7 +126,7 @@ def caption(interp: Interpretation, names: list[str], row: int, kind: str, label
     return "\n".join([f"{kind}:", *name_lines, f"({probability})"])
 
 
-@drawable
+@with_fonts
 def plot_misclassified(interp: Interpretation):
     """The worst misclassified images with the probabilities of the actual and of the predicted class.
 
@@ -158,7 +162,7 @@ def which_images(interp: Interpretation, shown: int) -> str:
     return f"{misclassified} and {certain}" if wrong else f"{certain}, as none is misclassified"
 
 
-@drawable
+@with_fonts
 def plot_grad_cam(interp: Interpretation):
     """For the images that `plot_misclassified` begins with: Grad-CAM after each layer, for two classes.
 

@@ -17,6 +17,7 @@ from cifar10.metrics import contradicted, fit_temperature, summarize
 from cifar10.names import fonts_for
 
 SUSPECTS = "Labels to check"
+TEXTS = ("class", "actual", "predicted", "image", "label")  # columns of the tables; the others are numbers
 N_SUSPECTS, N_EXAMPLES = 20, 10
 PLOTS = {
     "confusion_matrix": plots.plot_confusion,
@@ -78,7 +79,7 @@ def markdown_report(interp: Interpretation, metrics: dict[str, Any], images: str
     """Accuracy, what it means, and all tables as Markdown."""
     lines = [f"# {metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct", "", *statements(metrics)]
     for title, (header, rows) in tables(interp, metrics).items():
-        rules = ["---" if name in ("class", "actual", "predicted", "image", "label") else "---:" for name in header]
+        rules = ["---" if name in TEXTS else "---:" for name in header]
         cells = ([re.sub(r"([\\`*_{}\[\]<>$|~#])", r"\\\1", cell) for cell in row] for row in rows)
         lines += ["", f"## {title}", ""]
         if title == SUSPECTS:

@@ -4,7 +4,7 @@ import re
 
 from fastai.callback.core import Callback
 
-from cifar10.cli import UserError, extra
+from cifar10.cli import UserError, import_extra
 from cifar10.run import Run
 
 
@@ -16,12 +16,12 @@ def tracker_callbacks(run: Run) -> list[Callback]:
     """
     tracker = run.options.tracker
     if tracker == "tensorboard":
-        extra("tensorboard", "trackers")
+        import_extra("tensorboard", "trackers")
         from fastai.callback.tensorboard import TensorBoardCallback
 
         return [TensorBoardCallback(run.path / "tensorboard", trace_model=False, log_preds=False)]
     if tracker == "wandb":
-        wandb = extra("wandb", "trackers")
+        wandb = import_extra("wandb", "trackers")
         from fastai.callback import wandb as integration
 
         integration._format_config = lambda config: None  # fails with fastcore 2.2; run.config says more

@@ -103,7 +103,7 @@ def test_an_image_in_another_class_is_another_data_set(folder):
 def test_the_rows_of_the_splits(folder):
     table = ImageTable(folder)
     train, valid = table.split_rows("test")
-    assert {table.split[row] for row in train} == {"train"} and {table.split[row] for row in valid} == {"test"}
+    assert {table.splits[row] for row in train} == {"train"} and {table.splits[row] for row in valid} == {"test"}
     with pytest.raises(UserError, match="must be one of test, holdout"):
         table.split_rows("tset")
 

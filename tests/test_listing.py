@@ -130,7 +130,7 @@ def test_labelled_images_beside_unlabelled_ones(folder, capsys, labelled, unlabe
     for i in range(5):
         Image.new("RGB", (9, 9)).save(target / f"{i}.png")
     table = ImageTable(folder)
-    assert [len(rows) for rows in table.split_rows("test")] == [12, 6] and table.splits == ["train", labelled]
+    assert [len(rows) for rows in table.split_rows("test")] == [12, 6] and table.split_names == ["train", labelled]
     why = "its files have no class folders" if unlabelled == "flat" else "it has none of train's classes"
     assert f"set: test/ is not used: {why}" in capsys.readouterr().out
 
@@ -139,7 +139,7 @@ def test_a_third_split_is_told(folder, capsys):
     make_images(folder.parent / "more", classes=("cross", "ring", "bar"), test=3)
     os.rename(folder.parent / "more/test", folder / "valid")
     os.rename(folder / "test", folder / "val")
-    assert ImageTable(folder).splits == ["train", "valid"]
+    assert ImageTable(folder).split_names == ["train", "valid"]
     assert "set: val/ is not used: valid/ is" in capsys.readouterr().out
 
 
@@ -189,7 +189,7 @@ def test_images_in_folders_within_a_class_are_told(folder, capsys):
 
 def test_validation_is_a_name_as_well(folder):
     os.rename(folder / "test", folder / "validation")
-    assert ImageTable(folder).splits == ["train", "validation"]
+    assert ImageTable(folder).split_names == ["train", "validation"]
 
 
 def test_leaks_and_contradictions_are_told(folder, capsys):

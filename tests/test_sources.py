@@ -78,7 +78,7 @@ def test_torchvisions_folder(tmp_path, monkeypatch):
     table = ImageTable.open(folder)
     assert table.name == "cifar10"
     assert table.labels == ["airplane"] * 3 + ["cat"] * 3 + names
-    assert table.split == ["train"] * 6 + ["test"] * 2
+    assert table.splits == ["train"] * 6 + ["test"] * 2
     for row, original in enumerate([0, 2, 4, 1, 3, 5, 6, 7]):
         assert np.array_equal(table.pixels[row].flatten(), pixels[original])
 
