@@ -54,15 +54,15 @@ def spread(values: list[float]) -> str:
 def table(groups: list[list[dict]]) -> str:
     """A row for each group, in Markdown."""
     lines = [
-        "| runs | n | epochs | accuracy of the report | with TTA | PFLOP | minutes, as run |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| runs | data | n | epochs | accuracy of the report | with TTA | PFLOP | minutes, as run |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for runs in groups:
         metrics = [run["metrics"] for run in runs]
         tta = [m["tta_accuracy"] for m in metrics if "tta_accuracy" in m]
         pflop = [m["pflop"] for m in metrics if "pflop" in m]
         cells = [
-            ", ".join(run["name"] for run in runs), len(runs), metrics[0]["epochs"],
+            ", ".join(run["name"] for run in runs), runs[0]["data"]["name"], len(runs), metrics[0]["epochs"],
             spread([m["accuracy"] for m in metrics]), spread(tta) if tta else "",
             f"{mean(pflop):.3g}" if pflop else "", f"{mean(m['seconds'] for m in metrics) / 60:.1f}",
         ]  # fmt: skip

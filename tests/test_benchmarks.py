@@ -127,8 +127,9 @@ def test_runs_that_differ_in_the_seed_are_one_row(tmp_path):
     done = module("compare", *runs, "--out", tmp_path / "c.png")
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    assert rows[0] == ["run1, run2", "2", "2", "91.50% ± 0.71", "92.50% ± 0.71", "0.5", "1.0"]
-    assert [row[:4] for row in rows[1:3]] == [["other", "1", "2", "80.00%"], ["changed", "1", "2", "70.00%"]]
+    assert rows[0] == ["run1, run2", "digits", "2", "2", "91.50% ± 0.71", "92.50% ± 0.71", "0.5", "1.0"]
+    others = [["other", "digits", "1", "2", "80.00%"], ["changed", "digits", "1", "2", "70.00%"]]
+    assert [row[:5] for row in rows[1:3]] == others
     assert len(rows) == 4  # and where the curves are
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
