@@ -234,6 +234,7 @@ def random_states(dls: DataLoaders) -> dict[str, Any]:
 
 
 def set_random_states(dls: DataLoaders, states: dict[str, Any]):
+    """Restore what `random_states` returned."""
     np.random.set_state(tuple(states["numpy"]))
     generators = (random, dls.train.rng, dls.valid.rng)
     for generator, (kind, numbers, gauss) in zip(generators, [states["python"], *states["loaders"]], strict=True):
