@@ -46,10 +46,8 @@ def table(header: list[str], rows: list[list[str]]) -> xml.FT:
     def row(tag, cells: list[str]) -> xml.FT:
         return xml.Tr(*(tag(cell, cls=kind) for cell, kind in zip(cells, kinds, strict=True)))
 
-    body = xml.Tbody(*(row(xml.Td, cells) for cells in rows))
-    return xml.Div(
-        xml.Table(xml.Thead(row(xml.Th, header)), body), cls="wide", tabindex="0"
-    )  # to be scrolled with keys
+    head, body = xml.Thead(row(xml.Th, header)), xml.Tbody(*(row(xml.Td, cells) for cells in rows))
+    return xml.Div(xml.Table(head, body), cls="wide", tabindex="0")  # to be scrolled with keys
 
 
 def plot(file: Path, title: str, caption: str) -> xml.FT:

@@ -136,8 +136,8 @@ class Recipe:
         """
         epochs = changes.get("epochs", self.epochs)
         changes.setdefault("peak_epoch", self.peak_epoch * epochs / self.epochs)
-        if self.lr_min and self.lr_max:
-            changes.setdefault("lr_min", self.lr_min * changes.get("lr_max", self.lr_max) / self.lr_max)
+        if "lr_max" in changes and self.lr_min and self.lr_max:
+            changes.setdefault("lr_min", self.lr_min * changes["lr_max"] / self.lr_max)
         if train_images < SMALL:
             changes.setdefault("batch_size", max(1, min(64, train_images)))
         return replace(self, **changes)

@@ -15,9 +15,10 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from benchmarks import ablation, compare, gpu, scale, seeds
-from benchmarks.speed import CONVOLUTIONS, count_flop
+from benchmarks.speed import CONVOLUTIONS
 from cifar10.cli import UserError
 from cifar10.recipes import RECIPES
+from cifar10.tricks import count_flop
 from model import ResNet
 
 

@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from threading import Thread
 
 import pytest
 from commandline import ROOT
 
-from cifar10.cli import UserError
+from cifar10.cli import UserError, parse
 from cifar10.files import read_csv, write, write_csv
 
 
@@ -61,3 +63,25 @@ def test_no_table_of_numbers(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.csv can't be read as a table of numbers"):
         read_csv(tmp_path / "a.csv")
+
+
+PROGRAMS = ["predict", "export", *(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("[a-z]*.py"))]
+OUTPUTS = [
+    (program.main, name)
+    for program in map(import_module, PROGRAMS)
+    for name in (signature(program.main).parameters if hasattr(program, "main") else ())
+    if name in ("out", "csv", "json", "onnx", "torch")
+    and program.__name__ != "benchmarks.seeds"  # a folder, made at once
+]
+
+
+@pytest.mark.parametrize(("target", "says"), [("no/file", "make its folder first"), (".", "give the name of a file")])
+@pytest.mark.parametrize(("main", "option"), OUTPUTS)
+def test_an_output_file_that_can_not_be_written_is_refused_before_the_work(main, option, target, says, capsys):
+    with pytest.raises(SystemExit):
+        parse(main, [f"--{option}", target])
+    assert f"argument --{option}: {target} can't be written" in (said := capsys.readouterr().err) and says in said
+
+
+def test_all_output_files_are_known():
+    assert len(OUTPUTS) == 12, OUTPUTS

@@ -181,7 +181,9 @@ def test_a_loss_that_blows_up(shapes, tmp_path):
     done = command("train.py", *quick, "--lr_max", "1e30", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert re.match(r"error: the loss became (nan|inf) in epoch 1, batch \d of 2, .*; start another run with a lower", line)
+    assert re.match(
+        r"error: the loss became (nan|inf) in epoch 1, batch \d of 2, .*; start another run with a lower", line
+    )
 
 
 def test_the_readmes_repl_lines(tmp_path):
