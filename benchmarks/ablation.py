@@ -30,7 +30,7 @@ SGD, PLAIN = dict(optimizer="sgd"), dict(init="default", whiten=False)
 # Recipe → what is changed in all of its rows, because 24 epochs would take too long, and what in each: title → fields.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "assignment": (
-        dict(epochs=6, peak_epoch=1.25, lr_max=0.1),
+        dict(epochs=6, lr_max=0.1),
         {
             BASELINE: {},
             "PyTorch's initialization": PLAIN,
@@ -71,7 +71,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "best": (
-        {},
+        dict(epochs=12),
         {
             BASELINE: {},
             "batches of 512, with learning rates to match": dict(batch_size=512, lr_max=0.168, muon_lr_scale=0.202),
