@@ -85,7 +85,9 @@ def main(
         write_json(Path(json), probabilities)
     if csv:
         write_csv(Path(csv), columns, rows)
-    if rows and not (json or csv):
+    if json or csv:
+        print(f"{len(rows):,} images classified; see {' and '.join(filter(None, (csv, json)))}")
+    elif rows:
         table = pd.DataFrame(rows, columns=columns)
         for name in columns[2::2]:
             table[name] = table[name].map("{:.1%}".format)

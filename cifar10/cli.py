@@ -125,7 +125,7 @@ def parse(schema: Callable, words: list[str]) -> dict:
     """
     plain = anno_parser(schema)
     look = dict(prog=plain.prog, description=plain.description, formatter_class=plain.formatter_class)
-    parser = Parser(**look, parents=[plain], add_help=False)
+    parser = Parser(**look, parents=[plain], add_help=False, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     words = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), word) for word in words]
     untyped = object()

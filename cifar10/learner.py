@@ -2,7 +2,6 @@
 
 import ctypes
 import sys
-from functools import partial
 
 import torch
 from fastai import learner
@@ -14,7 +13,7 @@ from torch import nn
 from cifar10.callbacks import EpochRecorder, Progress
 from cifar10.cli import UserError
 from cifar10.distributed import Distributed, is_distributed
-from cifar10.optim import LiveOptimWrapper, Muon
+from cifar10.optim import LiveOptimWrapper, Muon, OptFunc
 from cifar10.recipes import Recipe
 from cifar10.strips import Strips
 from cifar10.tricks import CountFlop, FreezeLayers, GradientValueClip, L1Penalty, ProgressiveResize
@@ -125,7 +124,7 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
         norm.weight.requires_grad_(recipe.train_norm_scales)
     fixed = {p for p in model.parameters() if not p.requires_grad}
     biases = {norm.bias: recipe.norm_bias_lr_scale for norm in norms if recipe.norm_bias_lr_scale != 1}
-    optimizer = partial(
+    optimizer = OptFunc(
         Muon, momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
         lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps, lr_scales=biases,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
@@ -136,7 +135,7 @@ def get_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: s
         model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
     settings = dict(
         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
-        opt_func=partial(LiveOptimWrapper, opt=optimizer, fixed=fixed, lr=lr),
+        opt_func=OptFunc(LiveOptimWrapper, opt=optimizer, fixed=fixed, lr=lr),
         metrics=accuracy,
         moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
         default_cbs=False,

@@ -1,6 +1,7 @@
 """The optimizer: Muon for convolutions, SGD for all other parameters, in one class."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,14 @@ class LiveHypers(dict):
     def __setitem__(self, name: str, value):
         super().__setitem__(name, value)
         set_item_pg(self.group, self.names.get(name, name), value)
+
+
+class OptFunc(partial):
+    """A partial that is printed without the parameters among its arguments, as `learn.summary()` does."""
+
+    def __repr__(self):
+        shown = (f"{name}={value}" for name, value in self.keywords.items() if not isinstance(value, (dict, set)))
+        return f"{self.func.__name__}({', '.join(shown)})"
 
 
 class LiveOptimWrapper(OptimWrapper):

@@ -34,8 +34,8 @@ CAPTIONS = {
     "lr_find": ("LR finder", "Loss of each step while the learning rate rises, and the learning rates that follow."),
     "curves": ("Training", "Loss and accuracy after each epoch, and the learning rate of each step."),
     "confusion_matrix": ("Confusion matrix", "How often each class is predicted for each actual class."),
-    "misclassified": ("Misclassified images", "The images that are misclassified worst, or the least certain ones."),
-    "gradcam": ("Grad-CAM", "Where the evidence for the predicted and for the actual class lies."),
+    "misclassified": ("Hardest images", "Those misclassified worst; if these are few, the least certain ones, too."),
+    "gradcam": ("Grad-CAM", "Where the evidence for the predicted class lies, and for the actual one (or runner-up)."),
     "calibration": ("Calibration", "Accuracy of the predictions with each probability; below, how many there are."),
 }
 
@@ -46,8 +46,8 @@ def table(header: list[str], rows: list[list[str]]) -> xml.FT:
     def row(tag, cells: list[str]) -> xml.FT:
         return xml.Tr(*(tag(cell, cls=kind) for cell, kind in zip(cells, kinds, strict=True)))
 
-    head, body = xml.Thead(row(xml.Th, header)), xml.Tbody(*(row(xml.Td, cells) for cells in rows))
-    return xml.Div(xml.Table(head, body), cls="wide", tabindex="0")  # to be scrolled with keys
+    head, body = [xml.Thead(row(xml.Th, header))] * any(header), xml.Tbody(*(row(xml.Td, cells) for cells in rows))
+    return xml.Div(xml.Table(*head, body), cls="wide", tabindex="0")  # to be scrolled with keys
 
 
 def plot(file: Path, title: str, caption: str) -> xml.FT:
@@ -72,7 +72,8 @@ def facts(run: Run, metrics: dict[str, Any]) -> list[list[str]]:
     """What was trained, on what, and with what."""
     config, data, hardware = run.config, run.config["data"], run.config["hardware"]
     splits = ", ".join(f"{data[name]:,} {name}" for name in ("train", "valid", "test") if data.get(name))
-    side, recipe = data["size"], run.recipe
+    side, recipe, low, high = data["size"], run.recipe, config["lr_min"], config["lr_max"]
+    last = 0 if recipe.annihilate else low
     cpu = f"{hardware.get('cpu_model') or 'a CPU'}, {hardware['cpu']}, threads: {hardware['threads']}"
     epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
     versions = (f"{name} {version}" for name, version in config["versions"].items())
@@ -81,7 +82,7 @@ def facts(run: Run, metrics: dict[str, Any]) -> list[list[str]]:
         ["command", command(run.options)],
         ["data", f"{printable(data['name'])}: {splits} images of {len(data['classes'])} classes, {side}×{side} pixels"],
         ["training", f"{epochs} by the recipe {recipe.name}, {metrics['pflop']:.3g} PFLOP"],
-        ["learning rate", f"{config['lr_min']:.2g} → {config['lr_max']:.2g} at epoch {recipe.peak_epoch:.3g}"],
+        ["learning rate", f"{low:.2g} → {high:.2g} at epoch {recipe.peak_epoch:.3g} → {last:.2g}"],
         ["duration", f"{metrics['seconds']:,.0f} seconds, {metrics['images_per_second']:,.0f} images per second"],
         ["hardware", hardware["gpu"] if run.options.device == "cuda" else cpu],
         ["precision", run.options.precision],

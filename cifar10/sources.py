@@ -80,7 +80,8 @@ def prepare_data(data: str | Path) -> Source:
     except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
         raise UserError(f"{data} can't be read ({reason})") from None
     what = "one folder only" if len(inside) == 1 else "no folders"
-    raise UserError(f"{path} holds {what}; it needs train/<class>/, or <class>/ for two classes or more, with images")
+    needed = "train/<class>/, or <class>/ for two classes or more, with images; or pass a CSV file"
+    raise UserError(f"{path} holds {what}; it needs {needed}")
 
 
 def list_folders(folder: Path) -> list[Path]:

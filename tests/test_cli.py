@@ -28,6 +28,7 @@ def test_only_what_was_typed(option):
     ("words", "says"),
     [
         (["here", "--batch_sise", "3"], "there is no option --batch-sise; did you mean --batch-size?"),
+        (["here", "--batch", "3"], "there is no option --batch; did you mean --batch-size?"),
         (["here", "--zzz"], "there is no option --zzz; see --help"),
         (["here", "there"], "unrecognized arguments: there; options begin with --"),
         (["here", "--batch_size", "many"], "invalid int value: 'many'"),

@@ -114,7 +114,9 @@ def test_the_learner_learns_and_answers_like_any_fastai_learner(dls, tmp_path):
     learn.save("weights")
     learn.load("weights")
     plt.close("all")
-    assert f"Total params: {sum(p.numel() for p in learn.model.parameters()):,}" in learn.summary()
+    summary = learn.summary()
+    assert f"Total params: {sum(p.numel() for p in learn.model.parameters()):,}" in summary
+    assert "opt=Muon(momentum=0.85, " in summary and "tensor" not in summary.lower().replace("casttotensor", "")
 
 
 def test_export_holds_no_image(dls, tmp_path):

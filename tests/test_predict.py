@@ -70,6 +70,7 @@ def test_the_accuracy_of_the_run(run, photos, tmp_path):
         "predict.py", run, photos / "test", "--csv", tmp_path / "t.csv", "--json", tmp_path / "t.json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"16 images classified; see {tmp_path / 't.csv'} and {tmp_path / 't.json'}\n"
     rows, metrics = table_of(tmp_path / "t.csv"), json.loads((run / "metrics.json").read_text())
     correct = [row["class 1"] == row["image"].split("/")[-2] for row in rows]
     assert len(rows) == 16 and sum(correct) / 16 == metrics["accuracy"]
