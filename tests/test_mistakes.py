@@ -404,7 +404,7 @@ def test_options_of_a_run_stay(run):
     cwd = run.parent
     start = "can't change --{} on resume: this run was started with {}"
     refused("--resume", "run", "--epochs", 3, cwd=cwd, says=start.format("epochs", "epochs=1"))
-    refused("--resume", "run", "--nor", "layer", cwd=cwd, says=start.format("norm", "norm=batch"))
+    refused("--resume", "run", "--norm", "layer", cwd=cwd, says=start.format("norm", "norm=batch"))
     refused("--resume", "run", "--seed=7", cwd=cwd, says=start.format("seed", "seed=42"))
     refused("--resume", "run", "--no-flip", cwd=cwd, says=start.format("flip", "flip=True"))
     refused(
