@@ -7,7 +7,10 @@ import pytest
 from browser import chromium, requests
 from commandline import command
 from conftest import make_images
+from fastcore import xml
 from selenium.webdriver.common.by import By
+
+from cifar10.page import table
 
 EVIL = "<script>alert(1)</script>".replace("/", "∕")  # a slash can't be in a folder's name
 
@@ -43,6 +46,11 @@ def test_in_a_browser(report, width, dark):
         assert EVIL in chrome.find_element(By.TAG_NAME, "main").text  # as text, not as a script
         cells = [cell.text for cell in chrome.find_elements(By.TAG_NAME, "td")]
         assert any(cell.startswith("python train.py --data") for cell in cells)
+
+
+@pytest.mark.parametrize(("header", "rows_in_all"), [(["", ""], 1), (["", "result"], 2)])
+def test_a_table_without_titles_has_no_empty_row(header, rows_in_all):
+    assert xml.to_xml(table(header, [["name", "value"]])).count("<tr>") == rows_in_all
 
 
 def test_it_holds_no_address(report):
