@@ -16,17 +16,17 @@ import torch
 from PIL import ExifTags, Image
 
 from cifar10 import cli
-from cifar10.classifier import Classifier
-from cifar10.cli import UserError, import_extra
-from cifar10.decode import decode_image, printable
+from cifar10.cli import import_extra
+from cifar10.data import decode_image
+from cifar10.errors import UserError
 from cifar10.files import write
-from cifar10.interpretation import grad_cam
-from cifar10.plots import GRADCAM_LAYERS
-from cifar10.run import WEIGHTS
+from cifar10.interpretation import GRADCAM_LAYERS, ImageClassifier, grad_cam
+from cifar10.runs import WEIGHTS
+from cifar10.text import printable
 from model import ResNet
 
 HERE = Path(__file__).parent
-SIDE = 320  # pixels of the shown images
+DISPLAY_SIDE = 320  # pixels of the shown images
 LIKELIEST = "the likeliest class"
 SPACE_README = """---
 title: {title}
@@ -38,7 +38,7 @@ A ResNet that was trained on {title}, as a web page. `python app.py` starts it.
 """
 
 
-def open_image(classifier: Classifier, file: str | None) -> torch.Tensor | None:
+def open_image(classifier: ImageClassifier, file: str | None) -> torch.Tensor | None:
     """uint8 `(3, size, size)`, or none if there is no file. Raises Gradio's error for what is not an image."""
     if not file:
         return None
@@ -48,7 +48,7 @@ def open_image(classifier: Classifier, file: str | None) -> torch.Tensor | None:
         raise import_extra("gradio", "app").Error("This file can't be read as an image; choose another one.") from None
 
 
-def classify(classifier: Classifier, file: str | None, topk: int) -> dict[str, float] | None:
+def classify(classifier: ImageClassifier, file: str | None, topk: int) -> dict[str, float] | None:
     """Class → probability of the likeliest ones."""
     pixels = open_image(classifier, file)
     if pixels is None:
@@ -57,7 +57,9 @@ def classify(classifier: Classifier, file: str | None, topk: int) -> dict[str, f
     return {printable(classifier.classes[k]): float(p) for p, k in zip(*best, strict=True)}
 
 
-def explain(classifier: Classifier, file: str | None, layer: str, label: str, opacity: float) -> Image.Image | None:
+def explain(
+    classifier: ImageClassifier, file: str | None, layer: str, label: str, opacity: float
+) -> Image.Image | None:
     """The image with the evidence for a class over it."""
     pixels = open_image(classifier, file)
     if pixels is None:
@@ -67,14 +69,14 @@ def explain(classifier: Classifier, file: str | None, layer: str, label: str, op
     [heat] = grad_cam(classifier.model, x, torch.tensor([number], device=x.device), [getattr(classifier.model, layer)])
     colors = matplotlib.colormaps["jet"](heat[0].cpu().numpy())[..., :3]
     mixed = (1 - opacity) * pixels.permute(1, 2, 0).numpy() / 255 + opacity * colors
-    image = Image.fromarray(np.uint8(255 * mixed)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    image = Image.fromarray(np.uint8(255 * mixed)).resize((DISPLAY_SIDE, DISPLAY_SIDE), Image.Resampling.NEAREST)
     exif = Image.Exif()  # Gradio would write equal images to the same file, also while somebody downloads it
     exif[ExifTags.Base.ImageUniqueID] = uuid4().hex
     image.info["exif"] = exif.tobytes()
     return image
 
 
-def build(classifier: Classifier, folder: Path):
+def build(classifier: ImageClassifier, folder: Path):
     """The page, as Gradio's Blocks."""
     gr = import_extra("gradio", "app")
     names, many = [printable(name) for name in classifier.classes], len(classifier.classes)
@@ -112,7 +114,7 @@ def build(classifier: Classifier, folder: Path):
     return page
 
 
-def write_space(classifier: Classifier, weights: Path, folder: Path):
+def write_space(classifier: ImageClassifier, weights: Path, folder: Path):
     """A folder that a Hugging Face Space runs: this program, its package, the weights, what to install."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; choose another --space")
@@ -143,7 +145,7 @@ def main(
         raise UserError("--space writes a folder and serves no page; leave out --port and --share")
     path = Path(run) if run else HERE
     weights = path / WEIGHTS if path.is_dir() else path
-    classifier = Classifier.load(path, ResNet)
+    classifier = ImageClassifier.load(path, ResNet)
     if space:
         return write_space(classifier, weights, Path(space))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

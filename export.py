@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from cifar10 import cli
-from cifar10.classifier import Classifier
-from cifar10.cli import UserError, import_extra
+from cifar10.cli import import_extra
+from cifar10.errors import UserError
 from cifar10.files import OutputFile, write
+from cifar10.interpretation import ImageClassifier
 from model import ResNet
 
-CHECKED = 100  # images on which an exported file is compared with PyTorch
+N_CHECK_IMAGES = 100  # images on which an exported file is compared with PyTorch
 TOLERANCE = 1e-4  # of probabilities
 
 
 class WithPreprocessing(nn.Module):
     """uint8 `(N, 3, size, size)` → probabilities `(N, classes)`."""
 
-    def __init__(self, classifier: Classifier):
+    def __init__(self, classifier: ImageClassifier):
         super().__init__()
         self.model = classifier.model.to(memory_format=torch.contiguous_format)
         self.model.pool = nn.MaxPool2d(classifier.size // 8)  # ONNX has no AdaptiveMaxPool2d
@@ -41,15 +42,15 @@ def check(name: str, expected: Tensor, found: Tensor):
     difference = (expected - found).abs().max().item()
     if not difference <= TOLERANCE or not torch.equal(expected.argmax(dim=1), found.argmax(dim=1)):
         raise UserError(f"{name} differs from PyTorch by up to {difference:.1g}; please report this with `pip freeze`")
-    print(f"{name}: the same classes as PyTorch on {CHECKED} images, probabilities within {difference:.0e}")
+    print(f"{name}: the same classes as PyTorch on {N_CHECK_IMAGES} images, probabilities within {difference:.0e}")
 
 
 def export(run: str, onnx: str | None, pt2: str | None):
     """Write the files that are asked for, and check them."""
-    classifier = Classifier.load(run, ResNet, device="cpu")
+    classifier = ImageClassifier.load(run, ResNet, device="cpu")
     module = WithPreprocessing(classifier).eval()
     about = {"classes": json.dumps(classifier.classes, ensure_ascii=False), "data": classifier.name}
-    generator, shape = torch.Generator().manual_seed(0), (CHECKED, 3, classifier.size, classifier.size)
+    generator, shape = torch.Generator().manual_seed(0), (N_CHECK_IMAGES, 3, classifier.size, classifier.size)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     with torch.no_grad():
         expected = module(images)

@@ -3,15 +3,12 @@
 from pathlib import Path
 
 from cifar10 import cli
-from cifar10.cli import UserError
-from cifar10.data import evaluated, get_dls
+from cifar10.data import ImageTable, build_dls, eval_split_name
+from cifar10.errors import UserError
 from cifar10.files import write_json
-from cifar10.images import ImageTable
-from cifar10.interpretation import tta_accuracy
-from cifar10.learner import get_learner
-from cifar10.page import write_html
-from cifar10.report import write_report
-from cifar10.run import Run
+from cifar10.interpretation import tta_accuracy, write_html, write_report
+from cifar10.runs import Run
+from cifar10.training import build_learner
 from model import ResNet
 
 
@@ -38,7 +35,7 @@ def main(
     settings = dict(bs=recipe.batch_size, valid=options.valid, stats=(finished.mean, finished.std))
     own = not split and (not data or images.hash == finished.sha256)
     if own:
-        folder, about = Path(out or finished.path), f"{images.name} {evaluated(images, options.valid)} images"
+        folder, about = Path(out or finished.path), f"{images.name} {eval_split_name(images, options.valid)} images"
     else:
         if images.ranges and images.ranges != finished.ranges:
             images = ImageTable.open(data or options.data, **place, ranges=finished.ranges)  # as the model knows them
@@ -49,9 +46,9 @@ def main(
         if not own:
             raise UserError(f"{folder} is the run's own folder; choose another --out")
         folder = finished.path
-    dls = get_dls(images, **settings)
+    dls = build_dls(images, **settings)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
-    learn = get_learner(dls, model, recipe, "fp32" if options.precision == "fp32" else "auto")
+    learn = build_learner(dls, model, recipe, "fp32" if options.precision == "fp32" else "auto")
     if own:
         finished.check_data(learn)
     folder.mkdir(parents=True, exist_ok=True)

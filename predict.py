@@ -12,17 +12,16 @@ import pandas as pd
 import torch
 from fastai.vision.all import chunked
 
-from cifar10 import classifier, cli
-from cifar10.cli import UserError
-from cifar10.decode import decode_image, printable
-from cifar10.files import OutputFile, write_csv, write_json
-from cifar10.listing import list_images
-from cifar10.pixels import images_at_once
-from cifar10.plots import plot_explained, save_figure
+from cifar10 import cli
+from cifar10.data import decode_image, images_at_once, list_images
+from cifar10.errors import UserError
+from cifar10.files import OutputFile, save_figure, write_csv, write_json
+from cifar10.interpretation import ImageClassifier, plot_explained
+from cifar10.text import printable
 from model import ResNet
 
 
-class Classifier(classifier.Classifier):
+class Classifier(ImageClassifier):
     """`Classifier.load("runs/my-run").predict(["cat.jpg"])` → probabilities `(1, classes)`."""
 
     @classmethod

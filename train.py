@@ -8,35 +8,31 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import cifar10  # first, because it corrects matplotlib's backend
-
 # isort: split
 from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
 from fastai.torch_core import num_distrib, set_seed
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner  # noqa: F401 (for a REPL)
 
-import cifar10.data
-import cifar10.learner
 from augment import Cutout, FlipLR, RandomCrop
 from cifar10 import cli
-from cifar10.callbacks import StopAtNaN, TimeEstimate, ValidateLast
-from cifar10.checkpoint import SaveCheckpoint, last_checkpoint
-from cifar10.cli import UserError
-from cifar10.data import describe, evaluated
-from cifar10.decode import SIZE
-from cifar10.distributed import check_same, from_first, is_first, is_restart, launch_id, local_first, process_group
-from cifar10.files import write, write_csv
-from cifar10.images import ImageTable
-from cifar10.initialize import init_dirac, init_whitening
-from cifar10.interpretation import tta_accuracy
-from cifar10.lr_finder import SWEEP, find_lrs, plot_lr_curve
-from cifar10.options import Options
-from cifar10.page import write_html
-from cifar10.plots import save_figure
-from cifar10.recipes import RECIPES, Recipe
-from cifar10.report import write_report
-from cifar10.run import Run, check_folder, home_relative
-from cifar10.tracking import tracker_callbacks
+from cifar10.data.decode import SIZE
+from cifar10.data.loaders import build_dls, describe, eval_split_name
+from cifar10.data.table import ImageTable
+from cifar10.errors import UserError
+from cifar10.files import save_figure, write, write_csv
+from cifar10.interpretation.page import write_html
+from cifar10.interpretation.predictions import tta_accuracy
+from cifar10.interpretation.report import write_report
+from cifar10.processes import check_same, from_rank0, is_rank0, is_restart, launch_id, local_rank0_first, process_group
+from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
+from cifar10.runs.run import Run, check_folder, home_relative
+from cifar10.runs.session import tracker_callbacks
+from cifar10.training.callbacks import StopAtNaN, TimeEstimate, ValidateLast
+from cifar10.training.initialize import init_dirac, init_whitening
+from cifar10.training.learner import build_learner
+from cifar10.training.lr_finder import SWEEP, find_lrs, plot_lr_curve
+from cifar10.training.options import Options
+from cifar10.training.recipes import RECIPES, Recipe
 from model import ResNet, split_by_depth
 
 
@@ -59,7 +55,7 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
         Cutout(cutout, cutout),
     ]
     settings = dict(bs=recipe.batch_size, valid=valid, device=device, weighted=recipe.weighted)
-    return cifar10.data.get_dls(images, transforms, **settings)
+    return build_dls(images, transforms, **settings)
 
 
 def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64, precision="auto", **kw) -> Learner:
@@ -70,7 +66,7 @@ def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64
         init_dirac(model)
     if recipe.whiten:
         init_whitening(model.prep[0], model.prep[1], (batch[0] for batch in dls.train))
-    return cifar10.learner.get_learner(dls, model, recipe, precision, **dict(splitter=split_by_depth) | kw)
+    return build_learner(dls, model, recipe, precision, **dict(splitter=split_by_depth) | kw)
 
 
 def fit(learn: Learner, recipe: Recipe, cbs=(), done: int = 0):
@@ -94,7 +90,7 @@ def choose_lrs(learn: Learner, recipe: Recipe, folder: Path) -> Recipe:
         return replace(recipe, lr_min=recipe.lr_min or recipe.lr_max / 100)
     print(f"LR finder: {SWEEP['num_it']} steps, learning rate {SWEEP['start_lr']:g} → {SWEEP['end_lr']:g}")
     curve = find_lrs(learn)
-    if is_first():
+    if is_rank0():
         write_csv(folder / "lr_find.csv", ["lr", "loss"], zip(curve.lrs, curve.losses, strict=True))
         plot_lr_curve(curve._replace(lr_min=recipe.lr_min or curve.lr_min))
         save_figure(folder / "lr_find.png")
@@ -105,7 +101,7 @@ def train(learn: Learner, run: Run, started: float):
     """Train in the run's folder, from its last checkpoint if there is one, and report what was learned."""
     recipe, data = run.recipe, run.config["data"]
     print(f"{describe(learn.dls)}; {run.path}")
-    checkpoint, done = from_first(last_checkpoint, run), 0
+    checkpoint, done = from_rank0(last_checkpoint, run), 0
     if checkpoint:
         recipe = replace(recipe, lr_min=run.config["lr_min"], lr_max=run.config["lr_max"])
         done, started = checkpoint[1]["epochs"], started - checkpoint[1]["elapsed"]
@@ -116,7 +112,7 @@ def train(learn: Learner, run: Run, started: float):
         learn.add_cb(TimeEstimate(recipe, done))
     else:
         summary = learn.summary()  # in all processes: fastai gathers what it finds
-        if is_first():
+        if is_rank0():
             write(run.path / "summary.txt", f"{summary}\n")
         learn.add_cb(TimeEstimate(recipe, sweep=SWEEP["num_it"] if recipe.lr_max is None else 0))
         recipe = choose_lrs(learn, recipe, run.path)
@@ -125,14 +121,14 @@ def train(learn: Learner, run: Run, started: float):
     epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
     print(f"One cycle: {epochs}, learning rate {recipe.lr_min:.2g} → {recipe.lr_max:.2g} at epoch"
           f" {recipe.peak_epoch:.3g} → {0 if recipe.annihilate else recipe.lr_min:.2g}, {learn.precision}")  # fmt: skip
-    tracking = tracker_callbacks(run) if is_first() else []
+    tracking = tracker_callbacks(run) if is_rank0() else []
     fit(learn, recipe, [StopAtNaN(), SaveCheckpoint(run, started, checkpoint), *tracking], done)
-    if not is_first():
+    if not is_rank0():
         return
     run.save_weights(learn.model)
 
     seconds, flop = learn.recorder.train_seconds, learn.recorder.flop  # the report starts the recorder anew
-    images = f"{data['name']} {evaluated(learn.dls.train.table, run.options.valid)} images"
+    images = f"{data['name']} {eval_split_name(learn.dls.train.table, run.options.valid)} images"
     interp, metrics = write_report(learn, run.path, images)
     metrics |= dict(
         tta_accuracy=tta_accuracy(interp, recipe.flip),
@@ -166,18 +162,18 @@ def start(options: Options, given):
     started, run = time.time(), None
     if options.resume is None and options.name and is_restart():
         path = Path(options.runs_dir, options.name)
-        options = replace(options, resume=from_first(resumable, path))
+        options = replace(options, resume=from_rank0(resumable, path))
     if options.resume is not None:
-        run = from_first(Run.open, options.resume, options.runs_dir)
+        run = from_rank0(Run.open, options.resume, options.runs_dir)
         options = run.check_options(given)
-        if from_first(lambda: run.is_finished):
+        if from_rank0(lambda: run.is_finished):
             print(f"{run.path} is finished; there is nothing to resume")
             return
     else:
-        from_first(check_folder, Path(options.runs_dir), options.name)
+        from_rank0(check_folder, Path(options.runs_dir), options.name)
     set_seed(options.seed, reproducible=True)
 
-    with local_first():
+    with local_rank0_first():
         images = ImageTable.open(options.data, options.skip_broken, options.size, options.valid_pct)
     check_same(images.hash, "the data set")
     recipe = run.recipe if run else options.resolve(images)
@@ -187,10 +183,10 @@ def start(options: Options, given):
     if run:
         run.check_data(learn)
     else:
-        run = from_first(Run.create, options, recipe, learn)
+        run = from_rank0(Run.create, options, recipe, learn)
     with run.lock():
-        run = from_first(Run.open, run.path)  # again, because another process may have trained it in the meantime
-        if not from_first(lambda: run.is_finished):
+        run = from_rank0(Run.open, run.path)  # again, because another process may have trained it in the meantime
+        if not from_rank0(lambda: run.is_finished):
             run.config["options"]["data"] = home_relative(images.data)  # where they are now
             run.update()
             train(learn, run, started)

@@ -18,10 +18,10 @@ from fastai.vision.all import set_seed
 from fastcore.basics import num_cpus
 
 from cifar10 import cli
-from cifar10.environment import collect_env
+from cifar10.data.table import ImageTable
 from cifar10.files import OutputFile, write_json
-from cifar10.images import ImageTable
-from cifar10.recipes import RECIPES, Recipe, choices
+from cifar10.hardware import collect_env
+from cifar10.training.recipes import RECIPES, Recipe, choices
 from train import fit, get_dls, get_learner
 
 BASELINE = "nothing"

@@ -13,10 +13,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from cifar10 import cli
-from cifar10.cli import UserError
-from cifar10.files import OutputFile, read_csv
-from cifar10.names import shorten_middle
-from cifar10.plots import save_figure
+from cifar10.errors import UserError
+from cifar10.files import OutputFile, read_csv, save_figure
+from cifar10.interpretation.fonts import shorten_middle
 
 LOG = Path(__file__).parents[1] / "results/notebook/log.csv"
 NOTEBOOK = "the assignment's notebook"

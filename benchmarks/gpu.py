@@ -19,12 +19,11 @@ from fastai.vision.all import Callback, CancelFitException, DataLoaders, Learner
 from benchmarks.overhead import OneBatch, plain_step
 from benchmarks.seeds import now, train_once
 from cifar10 import cli
-from cifar10.callbacks import SYNC_EVERY, StopAtNaN
-from cifar10.cli import UserError
-from cifar10.environment import collect_env
+from cifar10.errors import UserError
 from cifar10.files import OutputFile, write_json
-from cifar10.learner import resolve_precision
-from cifar10.recipes import RECIPES
+from cifar10.hardware import collect_env, resolve_precision
+from cifar10.training.callbacks import SYNC_EVERY, StopAtNaN
+from cifar10.training.recipes import RECIPES
 from train import get_dls, get_learner
 
 LR = 0.01

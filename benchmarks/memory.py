@@ -22,9 +22,9 @@ from PIL import Image
 
 from benchmarks.speed import largest_child_gib
 from cifar10 import cli
-from cifar10.cli import UserError
-from cifar10.environment import collect_env
+from cifar10.errors import UserError
 from cifar10.files import OutputFile, write_json
+from cifar10.hardware import collect_env
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from fastai.vision.all import Learner
 
 import train
-from cifar10 import checkpoint, cli, plots
-from cifar10.environment import collect_env
+from cifar10 import cli, files
 from cifar10.files import OutputFile, read_csv, write_json
+from cifar10.hardware import collect_env
+from cifar10.runs import checkpoint
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"data": "digits", "width": 8, "epochs": 2}
@@ -39,7 +40,7 @@ PHASES = {
     "training": (Learner, "one_batch", lambda learn, *_: is_training(learn), 2 * EPOCH_STEPS, 0.1),
     "validation": (Learner, "one_batch", lambda learn, *_: not learn.training, 2 * EPOCH_VALID_STEPS, 0.05),
     "writing a checkpoint": (checkpoint, "save_tensors", lambda *_: True, 3, 0.05),
-    "plotting": (plots, "save_figure", lambda *_: True, 4, 0.5),
+    "plotting": (files, "save_figure", lambda *_: True, 4, 0.5),
 }  # fmt: skip
 
 

@@ -23,12 +23,11 @@ from torch import nn
 from benchmarks.seeds import now
 from benchmarks.speed import Timer, durations
 from cifar10 import cli
-from cifar10.cli import UserError
-from cifar10.data import get_device
-from cifar10.distributed import is_distributed, is_first, local_first, process_group
-from cifar10.environment import collect_env
+from cifar10.data.table import ImageTable
+from cifar10.errors import UserError
 from cifar10.files import OutputFile, write_json
-from cifar10.images import ImageTable
+from cifar10.hardware import collect_env, get_device
+from cifar10.processes import is_distributed, is_rank0, local_rank0_first, process_group
 from model import ResNet
 from train import get_dls, get_learner
 
@@ -53,7 +52,7 @@ def seconds_of(action, device: torch.device) -> float:
 
 def measure(data: str, steps: int, batch_size: int, width: int, device: str) -> dict[str, float]:
     """Seconds of a training step, of loading, and of all-reduce."""
-    with local_first():
+    with local_rank0_first():
         images = ImageTable.open(data)
     dls = get_dls(images, bs=batch_size, device=device)
     learn, timer = get_learner(dls, width=width), Timer(steps)
@@ -120,7 +119,7 @@ def main(
     if worker:
         with process_group(device, timeout=120):
             found = measure(data, steps, batch_size, width, device)
-        if is_first():
+        if is_rank0():
             write_json(Path(out), found)
         return
     numbers, gpus = [int(number) for number in processes.split(",")], get_device(device).type == "cuda"

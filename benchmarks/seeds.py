@@ -15,14 +15,14 @@ import torch
 from fastai.vision.all import DataLoaders, set_seed
 
 from cifar10 import cli
-from cifar10.callbacks import StopAtNaN
-from cifar10.cli import UserError
-from cifar10.environment import collect_env
+from cifar10.data.table import ImageTable
+from cifar10.errors import UserError
 from cifar10.files import write_json
-from cifar10.images import ImageTable
-from cifar10.interpretation import Interpretation, tta_accuracy
-from cifar10.options import Options
-from cifar10.recipes import RECIPES, Recipe, choices
+from cifar10.hardware import collect_env
+from cifar10.interpretation.predictions import Interpretation, tta_accuracy
+from cifar10.training.callbacks import StopAtNaN
+from cifar10.training.options import Options
+from cifar10.training.recipes import RECIPES, Recipe, choices
 from train import choose_lrs, fit, get_dls, get_learner
 
 

@@ -45,11 +45,11 @@ from torchvision import transforms
 
 from benchmarks.seeds import now
 from cifar10 import cli
-from cifar10.decode import SIZE
-from cifar10.environment import collect_env
+from cifar10.data.decode import SIZE
 from cifar10.files import OutputFile, write_json
-from cifar10.strips import StripConv2d
-from cifar10.tricks import count_flop
+from cifar10.hardware import collect_env
+from cifar10.training.strips import StripConv2d
+from cifar10.training.tricks import count_flop
 from model import ResNet
 from train import get_dls, get_learner
 

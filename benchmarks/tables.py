@@ -15,11 +15,11 @@ from benchmarks import ablation as ablations
 from benchmarks.compare import spread
 from benchmarks.seeds import is_of
 from cifar10 import cli
-from cifar10.cli import UserError
+from cifar10.errors import UserError
 from cifar10.files import read_csv, write
-from cifar10.options import Options
-from cifar10.page import CIFAR10
-from cifar10.recipes import RECIPES
+from cifar10.interpretation.page import CIFAR10_SHA256
+from cifar10.training.options import Options
+from cifar10.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -47,7 +47,7 @@ def runs_of(folder: str) -> list[dict]:
     """The metrics of a committed run, and of the same recipe with other seeds."""
     name, options, version = RUNS[folder]
     seeds = [] if options or version else sorted((RESULTS / "seeds").glob(f"{name}-*"))
-    about = dict(recipe=asdict(RECIPES[name]), valid="test", width=64, data=dict(name="cifar10", sha256=CIFAR10))
+    about = dict(recipe=asdict(RECIPES[name]), valid="test", width=64, data=dict(name="cifar10", sha256=CIFAR10_SHA256))
     for seed in seeds:
         if not is_of(seed, **about):
             raise UserError(f"{seed} is not of today's recipe, at full width, on CIFAR-10's test split; move it away")

@@ -24,19 +24,10 @@ from fastcore.basics import IN_NOTEBOOK
 from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
+from cifar10.errors import Stopped, UserError
+
 SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
 STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number; others: 1
-
-
-class UserError(ValueError):
-    """A mistake that the user can fix. The message is one sentence: what is wrong, and what to do about it."""
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.message = message
-
-    def __str__(self):  # fastai rewrites the arguments of an exception that passes through a callback
-        return self.message
 
 
 def import_extra(package: str, group: str) -> ModuleType:
@@ -46,14 +37,6 @@ def import_extra(package: str, group: str) -> ModuleType:
     except ImportError:
         ways = f"`make extras`, or `pip install '.[{group}]'`"
         raise UserError(f"{package}, which this needs, is not installed; install it with {ways}") from None
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal or a closed pipe, handled like Ctrl-C. `hint` is what to do next."""
-
-    def __init__(self, by: str, hint: str = ""):
-        super().__init__()
-        self.by, self.hint = by, hint
 
 
 def stop(number: int, frame):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,24 +15,12 @@ from typing import Annotated
 
 import pandas as pd
 import torch
+from matplotlib import pyplot as plt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cifar10.cli import UserError
-
-
-class WriteError(UserError):
-    """A file could not be written: the disk is full, or a permission is missing."""
-
-    def __init__(self, path: Path, reason: OSError):
-        remedies = {
-            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some disk space"),
-            **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "make its folder first, or choose another"),
-            errno.EISDIR: "give the name of a file, not of a folder",
-        }
-        remedy = remedies.get(reason.errno or 0, "check the permissions")
-        super().__init__(f"{path} can't be written ({reason.strerror or reason}); {remedy}")
+from cifar10.errors import CorruptFileError, UserError, WriteError
 
 
 def output_file(path: str) -> str:
@@ -43,10 +32,6 @@ def output_file(path: str) -> str:
 
 
 OutputFile = Annotated[str | None, {"type": output_file}]
-
-
-class CorruptFileError(UserError):
-    """A file does not hold what was written: it is truncated, altered, or something else altogether."""
 
 
 def write(path: Path, content: str | bytes):
@@ -146,3 +131,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     if checksum(tensors, text) != digest:
         raise CorruptFileError(f"{path} is damaged: its checksum does not match")
     return tensors, json.loads(text)
+
+
+def save_figure(path: Path):
+    """Write matplotlib's current figure as PNG and close it."""
+    png = io.BytesIO()
+    plt.savefig(png, dpi=100, format="png")
+    plt.close()
+    write(path, png.getvalue())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["cifar10.data", "cifar10.learner", "cifar10.checkpoint", "cifar10.report"])
+SERVER.set_forkserver_preload(["cifar10.data", "cifar10.training", "cifar10.runs", "cifar10.interpretation"])
 
 
 class Done(NamedTuple):

@@ -29,9 +29,9 @@ from commandline import ROOT  # noqa: E402, F401
 from fastai.vision.all import Learner, set_seed  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from cifar10 import learner as learners  # noqa: E402
-from cifar10.interpretation import Interpretation  # noqa: E402
-from cifar10.recipes import ASSIGNMENT  # noqa: E402
+from cifar10.interpretation.predictions import Interpretation  # noqa: E402
+from cifar10.training.learner import build_learner  # noqa: E402
+from cifar10.training.recipes import ASSIGNMENT  # noqa: E402
 from model import ResNet, split_by_depth  # noqa: E402
 from train import get_dls, get_learner  # noqa: E402
 
@@ -81,7 +81,7 @@ def dls(shapes):
 def small(dls, width: int = 4, precision: str = "fp32", path=None, **hyperparameters) -> Learner:
     """A Learner with a small model, in fp32 unless told otherwise, so that it learns the same on every machine."""
     recipe = replace(ASSIGNMENT, **hyperparameters)
-    return learners.get_learner(
+    return build_learner(
         dls, ResNet(len(dls.vocab), width=width), recipe, precision, path=path, splitter=split_by_depth
     )
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cifar10.checkpoint
 from cifar10 import cli
-from cifar10.callbacks import EpochRecorder
-from cifar10.options import Options
+from cifar10.runs import checkpoint
+from cifar10.training.callbacks import EpochRecorder
+from cifar10.training.options import Options
 from train import main
 
 
@@ -21,7 +21,7 @@ def kill_in(owner, name: str, rank: int, epoch: int):
     def killed(*args, **kwargs):
         here = getattr(args[0], "epoch", None) == epoch or f"epoch-{epoch:05}" in str(args[0])
         if os.environ["RANK"] == str(rank) and here:
-            if owner is cifar10.checkpoint:
+            if owner is checkpoint:
                 args[0].with_name(f".{args[0].name}.1.part").write_bytes(b"half of it")
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
@@ -35,5 +35,5 @@ match os.environ["TORCHELASTIC_RESTART_COUNT"]:
     case "1":
         kill_in(EpochRecorder, "after_validate", 0, 1)
     case "2":
-        kill_in(cifar10.checkpoint, "save_tensors", 0, 2)
+        kill_in(checkpoint, "save_tensors", 0, 2)
 cli.run(main, Options, distributed=True)

@@ -12,11 +12,11 @@ import torch
 from fastai.vision.all import Callback, get_model, set_seed
 from torch import nn
 
-from cifar10.callbacks import ValidateLast
-from cifar10.distributed import process_group
-from cifar10.images import ImageTable
-from cifar10.recipes import ASSIGNMENT, FASTER
-from cifar10.sync_batch_norm import SyncBatchNorm2d
+from cifar10.data.table import ImageTable
+from cifar10.processes import process_group
+from cifar10.training.callbacks import ValidateLast
+from cifar10.training.distributed import SyncBatchNorm2d
+from cifar10.training.recipes import ASSIGNMENT, FASTER
 from model import ResNet
 from train import fit, get_dls, get_learner
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from benchmarks import ablation, compare, gpu, scale, seeds
 from benchmarks.speed import CONVOLUTIONS
-from cifar10.cli import UserError
-from cifar10.recipes import RECIPES
-from cifar10.tricks import count_flop
+from cifar10.errors import UserError
+from cifar10.training.recipes import RECIPES
+from cifar10.training.tricks import count_flop
 from model import ResNet
 
 

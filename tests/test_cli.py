@@ -5,7 +5,8 @@ from typing import Annotated
 import pytest
 
 from cifar10 import cli
-from cifar10.cli import UserError, YesNo, parse
+from cifar10.cli import YesNo, parse
+from cifar10.errors import UserError
 
 
 def example(

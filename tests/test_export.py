@@ -10,7 +10,7 @@ from commandline import command
 from conftest import make_images
 
 import export
-from cifar10.classifier import Classifier
+from cifar10.interpretation import ImageClassifier
 from model import ResNet
 
 
@@ -32,7 +32,7 @@ def exported(tmp_path_factory):
 def test_any_number_of_images(exported, count):
     run, folder = exported
     images = torch.randint(256, (count, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    classifier = Classifier.load(run, ResNet)
+    classifier = ImageClassifier.load(run, ResNet)
     classifier.precision = "fp32"
     expected = classifier.classify(images)
     session = onnxruntime.InferenceSession(folder / "m.onnx")

@@ -12,7 +12,8 @@ from threading import Thread
 import pytest
 from commandline import ROOT
 
-from cifar10.cli import UserError, parse
+from cifar10.cli import parse
+from cifar10.errors import UserError
 from cifar10.files import read_csv, write, write_csv
 
 

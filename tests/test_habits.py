@@ -72,10 +72,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from cifar10.cli import UserError
-from cifar10.interpretation import Interpretation, grad_cam
-from cifar10.strips import StripConv2d, Strips
-from cifar10.tricks import count_flop
+from cifar10.errors import UserError
+from cifar10.interpretation.gradcam import grad_cam
+from cifar10.interpretation.predictions import Interpretation
+from cifar10.training.strips import StripConv2d, Strips
+from cifar10.training.tricks import count_flop
 from model import ResNet, split_by_depth
 from train import get_dls, get_learner
 

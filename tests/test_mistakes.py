@@ -16,8 +16,8 @@ from conftest import make_images
 from fastai.vision.all import fastai_path
 from PIL import Image
 
+from cifar10.data.table import ImageTable
 from cifar10.files import save_tensors
-from cifar10.images import ImageTable
 from model import ResNet
 from train import get_dls
 

@@ -13,7 +13,7 @@ from commandline import ROOT
 from nbclient import NotebookClient
 
 from cifar10 import cli
-from cifar10.cli import UserError
+from cifar10.errors import UserError
 
 QUICK = ["--data", "digits", "--width", "2", "--epochs", "1", "--peak_epoch", "1"]
 

@@ -14,11 +14,13 @@ from commandline import ROOT, command
 from conftest import make_images
 from PIL import Image
 
-from cifar10 import images, pixels, sources
-from cifar10.cli import UserError
-from cifar10.data import describe
-from cifar10.images import ImageTable
-from cifar10.pixels import PixelFile
+from cifar10.data import cache as pixels
+from cifar10.data import sources
+from cifar10.data import table as images
+from cifar10.data.cache import PixelFile
+from cifar10.data.loaders import describe
+from cifar10.data.table import ImageTable
+from cifar10.errors import UserError
 from train import get_dls
 
 

@@ -16,11 +16,11 @@ from commandline import ROOT, command
 from conftest import make_images
 from PIL import Image
 
-from cifar10.cli import UserError
-from cifar10.data import get_dls as package_dls
-from cifar10.interpretation import Interpretation, tta_preds
-from cifar10.learner import get_learner as package_learner
-from cifar10.run import Run
+from cifar10.data.loaders import build_dls as package_dls
+from cifar10.errors import UserError
+from cifar10.interpretation.predictions import Interpretation, tta_preds
+from cifar10.runs.run import Run
+from cifar10.training.learner import build_learner as package_learner
 from model import ResNet
 from predict import Classifier
 
@@ -44,7 +44,7 @@ def learned(run, photos):
     """The same model as a Learner, with the test images."""
     finished, model = Run.open(run), ResNet(width=4, num_classes=2)
     finished.load_weights(model)
-    from cifar10.images import ImageTable
+    from cifar10.data.table import ImageTable
 
     images = ImageTable.open(photos, size=48)
     dls = package_dls(images, bs=8, stats=(finished.mean, finished.std))

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import tables
-from cifar10.cli import UserError
-from cifar10.options import Options
-from cifar10.recipes import RECIPES, Recipe
+from cifar10.errors import UserError
+from cifar10.training.options import Options
+from cifar10.training.recipes import RECIPES, Recipe
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 README = (ROOT / "README.md").read_text()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from cifar10.files import read_csv
-from cifar10.run import Run
+from cifar10.runs.run import Run
 
 FILES = {
     "config.json", "summary.txt", "history.csv", "batches.csv", "lr_find.png", "lr_find.csv", "model.safetensors",
@@ -208,7 +208,7 @@ def test_a_changed_recipe_does_not_change_a_resumed_run(shapes, tmp_path):
     code = """
 import sys
 from dataclasses import replace
-from cifar10 import recipes
+from cifar10.training import recipes
 recipes.RECIPES["fast"] = replace(recipes.FAST, momentum=0.1, label_smoothing=0.5, muon_lr_scale=1.0, flip=False)
 import train
 train.main(resume="runs/stopped")

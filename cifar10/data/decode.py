@@ -1,0 +1,179 @@
+"""One image → uint8 pixels: orientation, transparency, range of values, size."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from fastai.vision.all import chunked, num_cpus, parallel
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_image as decode_png
+
+from cifar10.errors import UserError
+from cifar10.text import printable
+
+SIZE = 32  # pixels along each side, as in CIFAR-10
+MIN_SIDE = 4  # pixels; a smaller image is a mistake
+OVERSHOOT = 0.1  # of floats from 0 to 1 that were resized
+Image.init()
+# What Pillow opens, but for formats that it only recognizes, videos and vector graphics.
+FORMATS = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS"}
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+
+# "integer" or "float" → the values that become 0 and 255. Only images with more than 8 bits per value need it.
+ValueRanges = Mapping[str, tuple[float, float]]
+
+
+class Decoded(NamedTuple):
+    """What a file holds."""
+
+    pixels: np.ndarray  # uint8 (3, size, size)
+    used: tuple[str, float, float] | None  # the `used_range` of an image with more than 8 bits per value
+    size: tuple[int, int]  # width and height before it was resized
+
+
+def decode_image(item, ranges: ValueRanges | None = None, size: int = SIZE) -> np.ndarray:
+    """A path, file, PIL image, array or tensor → uint8 `(3, size, size)` in RGB.
+
+    The image is turned upright as its EXIF orientation says, put on a white background if it is transparent, its longer
+    side is cropped, and it is resized. Values of more than 8 bits are scaled by the `ranges` of the data set, or by the
+    image's own. Arrays are `(H, W)` or `(H, W, C)`, tensors `(H, W)` or `(C, H, W)`, from 0 to 255, or floats from 0
+    to 1. Raises `UserError` for what is not an image, is damaged, or has a side of less than `MIN_SIDE` pixels.
+    """
+    try:
+        return decode(item, ranges or {}, size).pixels
+    except ValueError as why:
+        name = printable(item) if isinstance(item, (str, Path)) else f"this {type(item).__name__}"
+        raise UserError(f"{name} can't be used as an image ({why}); repair or remove it") from None
+
+
+def decode(item, ranges: ValueRanges, size: int = SIZE) -> Decoded:
+    """Like `decode_image`, but it raises `ValueError`."""
+    try:
+        image, used = read_image(item), None
+        if isinstance(image, np.ndarray):
+            used = used_range(image)
+            image = to_8_bits(image, *(ranges.get(used[0]) or full_range(*used)))
+        if image.has_transparency_data:
+            image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+            if image.getchannel("A").getextrema() != (0, 0):  # otherwise nothing at all would be seen
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except Exception as reason:  # Pillow's plugins fail on damaged files in many ways
+        # Without the name, which Pillow's message may hold again.
+        why = getattr(reason, "strerror", None) or str(reason).replace(f" {str(item)!r}", "") or type(reason).__name__
+        raise ValueError(printable(why)) from None
+    if min(image.size) < MIN_SIDE:
+        raise ValueError(f"too small, {image.width}×{image.height} pixels")
+    found = image.size
+    if found != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return Decoded(np.array(image).transpose(2, 0, 1), used, found)
+
+
+def decode_files(files: list[Path], ranges: ValueRanges, size: int) -> list:
+    """What `decode` returns for each file, or why it can't be used, on all cores."""
+    # Starting processes takes longer than a few images.
+    many = len(files) > 100 and len(files) * size**2 > 4_000 * SIZE**2
+    workers = num_cpus() if many else 0
+    chunks = list(chunked(files, max(1, min(100, len(files) // (4 * num_cpus())))))
+    parts = parallel(decode_chunk, chunks, ranges=dict(ranges), size=size, n_workers=workers, progress=many)
+    return [item for part in parts for item in part]
+
+
+def decode_chunk(files: list[Path], ranges: ValueRanges, size: int) -> list:
+    def decoded(file):
+        try:
+            return decode(file, ranges, size)
+        except ValueError as why:
+            return str(why)
+
+    return [decoded(file) for file in files]
+
+
+def read_image(item) -> Image.Image | np.ndarray:
+    """An upright image with 8 bits per value, or the values of one that has more: `(H, W, C)`, C from 1 to 4."""
+    if isinstance(item, (Tensor, np.ndarray)):
+        return read_array(item)
+    image = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow keeps 8 of a color's 16 bits
+    if deep and image.format == "PNG":
+        return read_16_bit_png(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    bits, signed, white_is_0 = tags.get(258, (8,))[0], tags.get(339, (1,))[0] == 2, tags.get(262) == 0
+    if (bits == 8 and signed) or (bits > 8 and white_is_0):
+        raise ValueError("this kind of TIFF file is not supported, save it as PNG")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)[..., None]
+        return values.view(np.uint32) if values.dtype == np.int32 and tags and not signed else values
+    if deep:
+        return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")).astype(np.uint16) * 257
+    return image
+
+
+def read_array(item: Tensor | np.ndarray) -> Image.Image | np.ndarray:
+    """Like `read_image`. Raises `ValueError` for a shape or for values that no image has."""
+    values = item.detach().cpu().numpy() if isinstance(item, Tensor) else item
+    if values.ndim == 2:
+        values = values[..., None]
+    elif values.ndim == 3 and isinstance(item, Tensor) and len(values) <= 4:
+        values = values.transpose(1, 2, 0)
+    if values.ndim != 3 or values.shape[2] not in (1, 2, 3, 4) or not values.size:
+        raise ValueError(f"its shape is {tuple(item.shape)}")
+    if not np.isfinite(values).all() or values.min() < -OVERSHOOT:
+        raise ValueError("its values must be from 0 to 255, or floats from 0 to 1")
+    if values.dtype.kind in "fb":
+        values = (values * (255.0 if values.max() <= 1 + OVERSHOOT else 1.0)).clip(0, 255).round()
+    return as_image(values) if values.max() <= 255 else values
+
+
+def read_16_bit_png(image: Image.Image) -> np.ndarray:
+    """All 16 bits of a PNG file, for whose colors Pillow has no mode."""
+    file: io.BufferedIOBase = image.fp  # type: ignore
+    file.seek(0)
+    data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+    values = decode_png(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).permute(1, 2, 0).numpy()
+    if "transparency" in image.info:  # the one color that is transparent
+        transparent = (values == image.info["transparency"]).all(axis=2)
+        values = np.dstack([values, np.where(transparent, 0, 65535).astype(np.uint16)])
+    return values
+
+
+def as_image(values: np.ndarray) -> Image.Image:
+    """`(H, W, C)` from 0 to 255: gray, gray and alpha, RGB, or RGB and alpha."""
+    return Image.fromarray(np.ascontiguousarray(values.squeeze(2) if values.shape[2] == 1 else values, dtype=np.uint8))
+
+
+def used_range(values: np.ndarray) -> tuple[str, float, float]:
+    """The kind of the values, and the lowest and the highest that a color has."""
+    colors = values[..., : (1, 1, 3, 3)[values.shape[2] - 1]].astype(float)
+    colors = colors[np.isfinite(colors)]
+    kind = "float" if values.dtype.kind == "f" else "integer"
+    return kind, float(colors.min(initial=np.inf)), float(colors.max(initial=-np.inf))
+
+
+def full_range(kind: str, lowest: float, highest: float) -> tuple[float, float]:
+    """The range of values of a data set that uses these: from 0 to 1, or to what 8 or more bits can hold.
+
+    For example, the 12 bits of a camera are stored in 16. Negative values, and floats that are all small, follow no
+    such convention and are scaled from the lowest to the highest.
+    """
+    if kind == "float" and lowest >= -OVERSHOOT and 0.5 < highest <= 1 + OVERSHOOT:
+        return 0, 1
+    if lowest < 0 or (kind == "float" and highest <= 0.5):
+        return min(lowest, 0), highest
+    return 0, 1 if highest <= 1 else 2 ** max(8, int(highest).bit_length()) - 1
+
+
+def to_8_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
+    """`(H, W, C)` as an image in which `low` is 0 and `high` is 255; alpha always uses all of 16 bits."""
+    finite = np.nan_to_num(values.astype(float), nan=low, posinf=high, neginf=low)
+    scaled = (finite - low) * 255 / max(high - low, 1e-30)
+    if values.shape[2] in (2, 4):
+        scaled[..., -1] = values[..., -1] / 257
+    return as_image(scaled.clip(0, 255).round())

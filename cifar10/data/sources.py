@@ -1,0 +1,227 @@
+"""Where the images come from: CIFAR-10, a folder, an archive, torchvision's batches, the digits → an image folder."""
+
+import hashlib
+import os
+import shutil
+import stat
+import tarfile
+import urllib.request
+import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import fastai.data
+import numpy as np
+from fastai.vision.all import URLs, fastai_cfg, fastai_path
+from fastdownload import FastDownload
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from cifar10.errors import UserError
+from cifar10.files import atomic_folder
+
+CIFAR10_IMAGES = 60_000
+TIMEOUT = 20  # seconds to wait for an answer from the network
+# Training on the digits takes a few epochs only, and a digit's mirror image is not a digit.
+DIGITS_DEFAULTS = {"epochs": 6, "flip": False}
+BATCHES = "cifar-10-batches-py"  # torchvision's folder
+WAYS_TO_CIFAR10 = "connect to the network, or pass --data with a copy: a folder, cifar10.tgz or cifar-10-batches-py"
+
+
+class Source(NamedTuple):
+    """An image folder `train/<class>/*`, `test/<class>/*` or `<class>/*`; its name is the data set's name."""
+
+    folder: Path  # or a CSV file
+    data: str  # what `prepare_data` takes to find it again
+    defaults: dict[str, Any]  # hyperparameters that suit this data set better than a recipe's
+
+
+def prepare_data(data: str | Path) -> Source:
+    """Find, download, unpack or convert what `data` names.
+
+    `"auto"` is CIFAR-10, or the digits if it can't be had; `"cifar10"`; `"digits"`; anything else is the path of an
+    image folder, of an archive of one (.tgz, .tar.gz, .zip), of a CSV file, or of torchvision's `cifar-10-batches-py`.
+    Raises `UserError` for a path that is none of these, and for `"cifar10"` if it is neither cached nor reachable.
+    """
+    if data in ("cifar10", "digits") and Path(data).exists() and not Path(data, "__init__.py").exists():
+        print(f"{data} is the data set of this name; for the {data} in this folder, pass ./{data}")
+    if data in ("auto", "cifar10"):
+        try:
+            return Source(cifar10_folder(), "cifar10", {})
+        except OSError as reason:
+            trouble = f"CIFAR-10 is neither in {fastai_path('data')} nor can it be downloaded ({reason})"
+            if data == "cifar10":
+                raise UserError(f"{trouble}; {WAYS_TO_CIFAR10}") from None
+            print(f"{trouble}: training on scikit-learn's handwritten digits instead. For CIFAR-10, {WAYS_TO_CIFAR10}.")
+            data = "digits"
+    if data == "digits":
+        return Source(digits_folder(), "digits", DIGITS_DEFAULTS)
+    try:
+        path = Path(data).expanduser().resolve(strict=True)
+        if path.suffix.lower() == ".csv":
+            return Source(path, str(path), {})
+        unpacked = unpack_once(path) if path.is_file() else path
+        inside = list_folders(unpacked)
+        found = [p for p in (unpacked, *inside) if p.name == BATCHES or (p / "train").is_dir()]
+        if len(found) > 1 and found[0] != unpacked:
+            names = ", ".join(folder.name for folder in found)
+            raise UserError(f"{path} holds several data sets, {names}; pass the path of one of them")
+        if found:
+            return Source(convert_batches(found[0]) if found[0].name == BATCHES else found[0], str(path), {})
+        for flat in (unpacked, *(inside if len(inside) == 1 else [])):
+            if len(list_folders(flat)) > 1:  # a folder for each class
+                return Source(flat, str(path), {})
+    except FileNotFoundError:
+        takes = "auto, cifar10, digits, or a folder, archive or CSV file"
+        raise UserError(f"there is no {data}; --data takes {takes}") from None
+    except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
+        raise UserError(f"{data} can't be read ({reason})") from None
+    what = "one folder only" if len(inside) == 1 else "no folders"
+    needed = "train/<class>/, or <class>/ for two classes or more, with images; or pass a CSV file"
+    raise UserError(f"{path} holds {what}; it needs {needed}")
+
+
+def list_folders(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name)]
+
+
+def cifar10_folder() -> Path:
+    """fastai's CIFAR-10: its cached folder, or its cached archive, or its download. Raises `OSError` if none works."""
+    folder, archive = fastai_path("data") / "cifar10", fastai_path("archive") / "cifar10.tgz"
+    if sum(len(files) for _, _, files in os.walk(folder)) >= CIFAR10_IMAGES:  # a killed fastai may leave a part of it
+        return folder
+    if not archive.is_file():  # fastdownload would wait forever for a server that does not answer
+        urllib.request.urlopen(urllib.request.Request(URLs.CIFAR, method="HEAD"), timeout=TIMEOUT).close()
+        print("Downloading CIFAR-10 …")
+    try:
+        # Also checks the size and the beginning of an archive that is there already.
+        archive = FastDownload(fastai_cfg(), module=fastai.data, base="~/.fastai").download(URLs.CIFAR)
+    except Exception as reason:  # fastdownload raises a bare Exception for a wrong checksum
+        raise OSError(str(reason)) from reason
+    return unpack_once(Path(archive)) / "cifar10"
+
+
+def digits_folder() -> Path:
+    """scikit-learn's 1,797 handwritten digits (UCI, 8×8) as 32×32 RGB images, a fifth of them to test on."""
+    folder = fastai_path("data") / "digits"
+    if not folder.exists():
+        digits = load_digits()
+        small = (Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images)
+        images = (image.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in small)
+        split = np.full(len(digits.target), "train", dtype=object)
+        _, test = train_test_split(range(len(split)), test_size=0.2, stratify=digits.target, random_state=0)
+        split[test] = "test"
+        write_images(folder, zip(images, split, digits.target, strict=True))
+    return folder
+
+
+def convert_batches(folder: Path) -> Path:
+    """torchvision's pickled CIFAR-10 as an image folder. torchvision checks the MD5 sums before it loads a file."""
+    from torchvision.datasets import CIFAR10
+
+    target = fastai_path("data") / f"cifar10-{cache_key(folder)}" / "cifar10"
+    if not target.exists():
+        print(f"Converting {folder} …")
+        try:
+            splits = {name: CIFAR10(folder.parent, train=name == "train") for name in ("train", "test")}
+        except RuntimeError as reason:
+            raise UserError(f"{folder} is not the CIFAR-10 that torchvision downloads: {reason}") from None
+        write_images(
+            target,
+            (
+                (Image.fromarray(pixels), split, images.classes[label])
+                for split, images in splits.items()
+                for pixels, label in zip(images.data, images.targets, strict=True)
+            ),
+        )
+    return target
+
+
+def write_images(folder: Path, images: Iterable[tuple[Image.Image, str, str]]):
+    """Write `(image, split, class)` triples as `folder/<split>/<class>/<number>.png`, all of them or none."""
+    with atomic_folder(folder) as temporary:
+        for number, (image, split, label) in enumerate(images):
+            target = temporary / str(split) / str(label)
+            target.mkdir(parents=True, exist_ok=True)
+            image.save(target / f"{number:05}.png")
+
+
+def unpack_once(archive: Path) -> Path:
+    """The folder into which `archive` is unpacked: a new one whenever the archive changes."""
+    name = archive.name.removesuffix(".gz").rsplit(".", 1)[0]
+    folder = fastai_path("data") / f"{short_name(name)}-{cache_key(archive)}"
+    if not folder.exists():
+        print(f"Unpacking {archive} …")
+        with atomic_folder(folder) as temporary:
+            unpack(archive, temporary)
+    return folder
+
+
+def unpack(archive: Path, folder: Path):
+    """Unpack a tar or zip archive into `folder`.
+
+    Raises `UserError` for a file that is neither, that is damaged, that would write outside of `folder`, that holds
+    anything but files, folders and links between them, or that is larger than the free disk space.
+    """
+    try:
+        if tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                check_members(((member.name, member.size) for member in tar), folder)
+                tar.extractall(folder, filter="data")  # refuses links that lead out, and devices
+        elif zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                members = zipped.infolist()
+                for member in members:
+                    member.filename = clean_name(member)
+                check_members(((member.filename, member.file_size) for member in members), folder)
+                for member in members:
+                    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                        raise UserError(f"{member.filename!r} in it is neither a file nor a folder")
+                zipped.extractall(folder, members)
+        else:
+            raise UserError("it is neither a tar nor a zip archive; --data takes .tgz, .tar.gz and .zip")
+    except Exception as reason:  # decompressors fail on damaged files in many ways
+        raise UserError(f"{archive} can't be unpacked: {reason or type(reason).__name__}") from None
+
+
+def clean_name(member: zipfile.ZipInfo) -> str:
+    """The name of a member of a zip archive, whose writer may not have kept to the standard."""
+    name = member.filename
+    if not member.flag_bits & 0x800:  # not marked as UTF-8, but many programs write it nevertheless
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return name.replace("\\", "/")  # of Windows
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that people don't mean: hidden, or made by a system."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # of macOS and of Synology's servers
+
+
+def check_members(members: Iterable[tuple[str, int]], folder: Path):
+    """Raise `UserError` for an unsafe path, or if the unpacked files would not fit on the disk."""
+    free, needed = shutil.disk_usage(folder).free, 0
+    for name, size in members:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"unsafe path in the archive, {name!r}")
+        needed += size
+        if needed > free:
+            raise UserError(f"it holds more than {needed / 1e9:,.1f} GB, and only {free / 1e9:,.1f} GB are free")
+
+
+def cache_key(path: Path) -> str:
+    """Eight characters that change with the path, size and times of `path`."""
+    stat = path.stat()
+    return short_hash(f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}\n{stat.st_ctime_ns}")
+
+
+def short_name(name: str) -> str:
+    """The beginning of a file name, so that there is room for more in the 255 bytes that a file system allows."""
+    return os.fsencode(name)[:100].decode(errors="ignore")
+
+
+def short_hash(text) -> str:
+    return hashlib.sha256(str(text).encode(errors="surrogateescape")).hexdigest()[:8]

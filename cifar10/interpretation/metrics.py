@@ -1,0 +1,96 @@
+"""Numbers of a report: precision, recall and F1 per class, confidence intervals, calibration."""
+
+from typing import Any
+
+import numpy as np
+import sklearn.metrics as skm
+from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest
+from torch import Tensor
+from torch.nn import functional as F
+
+from cifar10.interpretation.predictions import Interpretation, log_probabilities
+
+BINS = 15  # of confidence, as in Guo et al.
+
+
+def per_class(interp: Interpretation) -> dict[str, dict[str, float | int | None]]:
+    """Class → precision, recall, F1 and number of images; `None` where there is nothing to divide by."""
+    labels = range(len(interp.names))
+    scores = skm.precision_recall_fscore_support(interp.targs, interp.decoded, labels=labels, zero_division=np.nan)
+    keys = ("precision", "recall", "f1", "images")
+    rows = ([None if np.isnan(value) else value for value in row] for row in np.array(scores).T.tolist())
+    return {name: dict(zip(keys, row, strict=True)) for name, row in zip(interp.names, rows, strict=True)}
+
+
+def macro(classes: dict[str, dict]) -> dict[str, float]:
+    """The means over the classes that have images; what is undefined for one, if never predicted, counts as 0."""
+    rows = [row for row in classes.values() if row["images"]]
+    return {key: float(np.mean([row[key] or 0.0 for row in rows])) for key in ("precision", "recall", "f1")}
+
+
+def confidence_interval(interp: Interpretation) -> tuple[float, float]:
+    """The 95% confidence interval of the accuracy, by Wilson's score."""
+    correct = int((interp.decoded == interp.targs).sum())
+    low, high = binomtest(correct, len(interp.targs)).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
+
+
+def reliability(preds: Tensor, targs: Tensor) -> list[tuple[float, float, int]]:
+    """Of the images in each bin of confidence: mean confidence, accuracy and number; empty bins are left out."""
+    confidence, decoded = preds.max(dim=1)
+    bins = (confidence * BINS).long().clamp_max(BINS - 1)
+    found = [(bins == number).nonzero().flatten() for number in range(BINS)]
+    return [
+        (confidence[rows].mean().item(), (decoded[rows] == targs[rows]).double().mean().item(), len(rows))
+        for rows in found
+        if len(rows)
+    ]
+
+
+def calibration_error(preds: Tensor, targs: Tensor) -> float:
+    """Expected calibration error: the mean difference between confidence and accuracy, over the bins of confidence.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", 2017.
+    """
+    return sum(n * abs(confidence - accuracy) for confidence, accuracy, n in reliability(preds, targs)) / len(targs)
+
+
+def fit_temperature(preds: Tensor, targs: Tensor) -> float:
+    """The number to divide the logits by for the lowest cross-entropy. Fit it on images of their own."""
+    logits = log_probabilities(preds.double())
+    loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targs).item()  # noqa: E731
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def with_temperature(preds: Tensor, temperature: float) -> Tensor:
+    return (log_probabilities(preds) / temperature).softmax(dim=1)
+
+
+def summarize(interp: Interpretation, temperature: float | None = None) -> dict[str, Any]:
+    """The metrics of an `Interpretation`, as they stand in metrics.json."""
+    classes = per_class(interp)
+    calibration = dict(calibration_error=calibration_error(interp.preds, interp.targs), temperature=temperature)
+    if temperature:
+        preds = with_temperature(interp.preds, temperature)
+        calibration["calibration_error_with_temperature"] = calibration_error(preds, interp.targs)
+    return dict(
+        accuracy=interp.accuracy,
+        accuracy_interval=confidence_interval(interp),
+        loss=interp.losses.mean().item(),
+        images=len(interp.targs),
+        macro=macro(classes),
+        **calibration,
+        per_class=classes,
+    )
+
+
+def likely_label_errors(interp: Interpretation, count: int) -> Tensor:
+    """Rows of the misclassified images of whose class the model is surest: candidates for wrong labels.
+
+    Ordered by how much likelier the predicted class is than the label. Meaningful for images that the model has not
+    been trained on. Source: Northcutt et al., "Confident Learning: Estimating Uncertainty in Dataset Labels", 2021.
+    """
+    wrong = (interp.decoded != interp.targs).nonzero().flatten()
+    margin = interp.preds[wrong].amax(dim=1) - interp.preds[wrong, interp.targs[wrong]]
+    return wrong[margin.argsort(descending=True, stable=True)][:count]

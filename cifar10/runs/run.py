@@ -1,0 +1,228 @@
+"""A run: a folder with its config, history, metrics, plots, weights and checkpoints, used by one process at a time."""
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from fastai.vision.all import Learner, Normalize, default_device, get_model, num_distrib
+from filelock import FileLock, Timeout
+from torch import nn
+
+from cifar10.errors import Stopped, UserError, WriteError
+from cifar10.files import load_tensors, save_tensors, write_csv, write_json
+from cifar10.hardware import collect_env
+from cifar10.processes import LOST, is_distributed, is_lost, is_rank0, launch_id
+from cifar10.training.options import Options
+from cifar10.training.recipes import Recipe
+
+FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when this code can no longer read older files
+WEIGHTS = "model.safetensors"
+HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
+
+
+class Run:
+    """The folder `path` of a run, and what config.json says about it.
+
+    `options` and `recipe` are those it was started with. `model_args` build the model again: `ResNet(**model_args)`.
+    `classes`, `size` (pixels), `ranges` (see `decode_image`), `mean` and `std` (per channel, of pixels in [0, 1]) are
+    all that its inputs and outputs depend on. The weights carry the same values, so that no data set is needed.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path, self.config = path, json.loads(json.dumps(config))  # as a reader of config.json sees it
+        self.options, self.recipe = Options(**config["options"]), Recipe.from_json(config["recipe"])
+        self.model_args: dict[str, Any] = dict(config["model"])
+        data = config["data"]
+        self.sha256, self.classes, self.size = str(data["sha256"]), list(data["classes"]), int(data["size"])
+        self.ranges = {str(kind): (float(low), float(high)) for kind, (low, high) in data["ranges"].items()}
+        self.mean, self.std = ([float(value) for value in data[key]] for key in ("mean", "std"))
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError("mean and std need three channels")
+
+    @classmethod
+    def create(cls, options: Options, recipe: Recipe, learn: Learner) -> "Run":
+        """Make a run's folder and its config.json. Raises `UserError` if the name is taken or it can't be written."""
+        dls, images = learn.dls, learn.dls.train.table
+        normalize = next(tfm for tfm in dls.after_batch.fs if isinstance(tfm, Normalize))
+        mean, std = (values.flatten().tolist() for values in (normalize.mean, normalize.std))
+        data = dict(
+            name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds),
+            test=len(dls[2].dataset) if len(dls.loaders) > 2 else None, classes=list(dls.vocab),
+            size=images.size, mean=mean, std=std, ranges=images.ranges, sha256=images.hash,
+        )  # fmt: skip
+        options = replace(options, data=home_relative(images.data), device=dls.device.type, precision=learn.precision)
+        about = dict(options=asdict(options), recipe=asdict(recipe), model=get_model(learn.model).args, data=data)
+        config = dict(format=FORMAT, **about, **collect_env(), launch=launch_id())
+        run = cls(make_folder(Path(options.runs_dir), options.name, f"{images.name[:50]}-{recipe.name}"), config)
+        run.update()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, runs_dir: str | Path = "runs") -> "Run":
+        """The run in a folder; `"last"` is the latest one in `runs_dir`. Raises `UserError` if it can't be read."""
+        if path == "last":
+            configs = sorted(Path(runs_dir).glob("*/config.json"), key=lambda config: config.stat().st_mtime)
+            if not configs:
+                raise UserError(f"{runs_dir} holds no run; give --resume the folder of a run, or its --runs_dir")
+            path = configs[-1].parent
+        file = Path(path) / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if config.get("format", 1) == FORMAT:
+                return cls(Path(path), config)
+        except OSError:
+            raise UserError(f"{path} is not the folder of a run: it has no config.json that can be read") from None
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as reason:
+            raise UserError(f"{file} is not the config of a run ({type(reason).__name__}: {reason})") from None
+        found = config.get("format", 1)  # the first version had none
+        raise UserError(f"{path} has format {found}, not {FORMAT}; train again, or use the version that made it")
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "metrics.json").is_file()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json says, which a finished run has."""
+        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8")) if self.is_finished else {}
+
+    def check_options(self, given: dict[str, Any]) -> Options:
+        """The options to resume with. Raises `UserError` if one of the `given` ones would change the result."""
+        given = {name: value for name, value in given.items() if value != "auto"}  # which makes no demand
+        typed = {name: value for name, value in vars(self.options).items() if value is not None}
+        known = asdict(self.recipe) | typed | {"name": self.path.name}
+        for name, value in given.items():
+            if name not in ("data", "resume", "runs_dir", "timeout") and value != known.get(name):
+                was = f"with {name}={known[name]}" if name in known else "without it"
+                raise UserError(f"can't change --{name} on resume: this run was started {was}")
+        return replace(self.options, **{name: given[name] for name in ("data", "timeout") if name in given})
+
+    def check_data(self, learn: Learner):
+        """Raise `UserError` unless the Learner has the images that the run was started with."""
+        images = learn.dls.train.table
+        if images.hash != self.sha256:
+            raise UserError(f"the images in {images.folder} are not those of {self.path}; give --data another path")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the folder, and say how to resume if this process is interrupted. Raises `UserError` if it is locked."""
+        lock = FileLock(self.path / ".lock", mode=0o666)
+        try:
+            if is_rank0():
+                lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.path} is locked by another process; wait until it ends, or stop it") from None
+        except OSError as reason:
+            if reason.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+        try:
+            for part in self.path.rglob(".*.part") if is_rank0() else []:  # of a process killed while it was writing
+                part.unlink()
+            yield
+        except (KeyboardInterrupt, BrokenPipeError) as stopped:
+            default = "a closed pipe" if isinstance(stopped, BrokenPipeError) else "Ctrl-C"
+            raise Stopped(getattr(stopped, "by", default), f"; resume with: {self.resume_command()}") from None
+        except WriteError as full:
+            raise UserError(f"{full}, then resume with: {self.resume_command()}") from None
+        except RuntimeError as reason:
+            if not is_lost(reason):
+                raise
+            raise Stopped(LOST, f"; resume with: {self.resume_command()}") from None
+        except OSError as reason:
+            raise UserError(f"{reason}; fix this, then resume with: {self.resume_command()}") from reason
+        finally:
+            lock.release()
+
+    def resume_command(self, script: str = "") -> str:
+        """What to type to resume this run."""
+        if is_distributed() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            return f"the same command on each host, with {shlex.join(['--resume', str(self.path)])} in place of --name"
+        if is_distributed():
+            count = os.environ.get("LOCAL_WORLD_SIZE", str(num_distrib()))
+            python = ["torchrun", "--standalone", "--nproc_per_node", count]
+        else:
+            python = ["python" if shutil.which("python") == sys.executable else sys.executable]
+        # The processes join before they read the run, on the fastest device.
+        device = ["--device", "cpu"] if is_distributed() and self.options.device != default_device().type else []
+        return shlex.join([*python, script or sys.argv[0], "--resume", str(self.path), *device])
+
+    def update(self, **values):
+        """Add or replace entries of config.json."""
+        self.config |= values
+        if is_rank0():
+            write_json(self.path / "config.json", self.config)
+
+    def write_history(self, learn: Learner):
+        """history.csv, a row per epoch, and batches.csv, a row per step."""
+        if not is_rank0():
+            return
+        recorder, steps = learn.recorder, len(learn.dls.train)
+        epochs = enumerate(zip(recorder.values, recorder.extra, recorder.seconds), start=1)
+        rows = [
+            (epoch, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, round(seconds, 3))
+            for epoch, ((train_loss, valid_loss, valid_accuracy), (train_accuracy, lr), seconds) in epochs
+        ]
+        write_csv(self.path / "history.csv", HISTORY, rows)
+        losses = zip(recorder.lrs, torch.stack(recorder.step_losses).tolist())
+        batches = [(step + 1, step // steps + 1, float(lr), loss) for step, (lr, loss) in enumerate(losses)]
+        write_csv(self.path / "batches.csv", ["step", "epoch", "lr", "loss"], batches)
+
+    def write_metrics(self, **metrics):
+        """Add or replace entries of metrics.json, which a finished run has."""
+        write_json(self.path / "metrics.json", self.metrics | metrics)
+
+    def save_weights(self, model: nn.Module):
+        """`WEIGHTS`: parameters, buffers, and what it takes to use them without this folder."""
+        data = {name: self.config["data"][name] for name in ("name", "classes", "size", "ranges", "mean", "std")}
+        about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
+        about["precision"] = self.options.precision
+        save_tensors(self.path / WEIGHTS, get_model(model).state_dict(), **about)
+
+    def load_weights(self, model: nn.Module):
+        """Load `WEIGHTS`. Nothing is unpickled. Raises `UserError` if it is missing or does not fit."""
+        weights = self.path / WEIGHTS
+        try:
+            model.load_state_dict(load_tensors(weights)[0])
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is not a finished run: it has no {weights.name}") from None
+        except RuntimeError as reason:
+            raise UserError(f"{weights} does not fit the model: {shorten(str(reason), 200)}") from None
+
+
+def check_folder(runs_dir: Path, name: str | None):
+    """Raise `UserError` if the folder of a run can't be made. It is also asked before long work."""
+    if name and (runs_dir / name).exists():
+        raise UserError(f"{runs_dir / name} exists already; choose another --name or --runs_dir")
+    nearest = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"{nearest} is no folder to write to; choose another --runs_dir")
+
+
+def make_folder(runs_dir: Path, name: str | None, default: str) -> Path:
+    """Make `runs_dir/name`, or a new folder named after date, time and `default`."""
+    check_folder(runs_dir, name)
+    path = runs_dir / (name or f"{datetime.now():%Y%m%d-%H%M%S}-{default}")
+    while name is None and path.is_dir():  # of another run of this second
+        path = path.with_name(path.name + "-2")
+    try:
+        path.mkdir(parents=True)
+    except OSError as reason:
+        raise UserError(f"{path} can't be made ({reason.strerror}); choose another --runs_dir") from None
+    return path
+
+
+def home_relative(path: str) -> str:
+    """A path below the home folder with `~` for it, so that a config can be shown to others."""
+    home = str(Path.home() / "_")[:-1]
+    return f"~/{path.removeprefix(home)}" if path.startswith(home) else path

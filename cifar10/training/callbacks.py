@@ -1,0 +1,202 @@
+"""Callbacks of the Learner, one small class each."""
+
+import math
+import time
+from datetime import datetime, timedelta
+
+import torch
+from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
+from fastcore.foundation import L
+from fastprogress.fastprogress import format_time
+from torch import Tensor
+
+from cifar10.errors import UserError
+from cifar10.training.recipes import Recipe
+
+SYNC_EVERY = 50  # steps on a GPU: reading a number makes the host wait until the GPU is done
+
+
+def should_sync(device: torch.device | str, step: int) -> bool:
+    """Whether to read the loss of this step of an epoch from the device."""
+    return torch.device(device).type == "cpu" or step % SYNC_EVERY == 0
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's smoothed loss, but it stays on the device."""
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
+class Progress(ProgressCallback):
+    """fastai's progress bar and table. On a GPU, the loss is shown only now and then.
+
+    The table also shows the accuracy on the training images and the learning rate, and counts epochs from 1.
+    """
+
+    def after_batch(self):
+        if should_sync(self.dls.device, self.iter):
+            super().after_batch()
+        else:
+            self.pbar.update(self.iter + 1)
+
+    def _write_stats(self, log):
+        if log[0] == "epoch":
+            epoch, extra = "epoch", EpochRecorder.EXTRA
+        else:
+            epoch, extra = log[0] + 1, self.recorder.extra[-1] if self.recorder.extra else [math.nan] * 2
+        row = [epoch, *log[1:-1], *extra, log[-1]]
+        super()._write_stats(["" if value != value else value for value in row])  # NaN: not computed
+
+
+class EpochRecorder(Recorder):
+    """fastai's Recorder, whose train loss is the mean over the epoch, so that it is comparable to the valid loss.
+
+    `extra` holds the accuracy on the training images and the last learning rate of each epoch, `seconds` its duration,
+    and `step_losses` the loss of each step. An epoch that is skipped, because it was trained before (`start_epoch`),
+    leaves no row; what was not computed is NaN.
+    """
+
+    name, EXTRA = "recorder", ("train_accuracy", "lr")
+
+    def __init__(self):
+        super().__init__()
+        self.train_loss, self.smooth_loss = AvgLoss(), SmoothLoss()
+
+    def before_fit(self):
+        super().before_fit()
+        self.step_losses, self.seconds, self.extra = [], [], []  # of each step; of each epoch with validation
+        self.train_seconds = 0.0  # of all epochs, without validation
+        self.flop = 0.0  # see `CountFlop`
+
+    def before_epoch(self):
+        super().before_epoch()
+        self.started, self.in_training, self.skipped = time.time(), False, False
+
+    def after_cancel_epoch(self):
+        self.skipped = not self.in_training
+
+    def before_train(self):
+        for metric in self._train_mets:
+            metric.reset()
+        self.in_training, self.correct, self.seen, self.start_train = True, 0, 0, time.time()
+
+    def after_batch(self):
+        if self.training and self.yb:
+            self.smooth_loss.accumulate(self.learn)
+            self.step_losses.append(self.learn.loss.detach())
+            self.count_correct(getattr(self.learn, "pred", None), self.yb[0])
+        super().after_batch()
+
+    def count_correct(self, pred, y):
+        """Only of logits and classes: a callback may have put something else in their place."""
+        if isinstance(pred, Tensor) and isinstance(y, Tensor) and pred.ndim == 2 and y.shape == pred.shape[:1]:
+            self.correct = self.correct + (pred.argmax(dim=1) == y).sum()
+            self.seen += len(y)
+
+    def after_train(self):
+        super().after_train()  # reads the sums, so that a GPU is done
+        if self.cancel_train:
+            self.log.append(math.nan)
+        accuracy = float(self.correct) / self.seen if self.seen else math.nan
+        self.extra.append([accuracy, float(self.opt.hypers[-1]["lr"])])
+        self.train_seconds += time.time() - self.start_train
+        self.fetch_losses()
+
+    def after_validate(self):
+        super().after_validate()
+        if self.cancel_valid:
+            self.log += [math.nan] * (1 + len(self.metrics))
+
+    def after_epoch(self):
+        if not self.skipped:
+            self.seconds.append(time.time() - self.started)
+            super().after_epoch()
+
+    def after_fit(self):
+        self.fetch_losses()
+
+    def fetch_losses(self):
+        """Copy the smoothed losses to the host, where fastai's plots look for them, all at once."""
+        waiting = [loss for loss in self.losses if loss.device.type != "cpu"]
+        if waiting:
+            self.losses[-len(waiting) :] = torch.stack(waiting).cpu()
+
+    @property
+    def _train_mets(self):
+        if getattr(self, "cancel_train", False):
+            return L()
+        return L(self.train_loss) + (self.metrics if self.train_metrics else L())
+
+
+class ValidateLast(Callback):
+    """Validate after the last epoch only; the others have no valid loss and accuracy."""
+
+    def before_validate(self):
+        if self.epoch + 1 < self.n_epoch:
+            raise CancelValidException
+
+
+class StopAtNaN(Callback):
+    """Raise `UserError` at the batch whose loss is not finite, before anything is saved of it."""
+
+    order, run_valid = Recorder.order + 1, False
+
+    def after_batch(self):
+        if should_sync(self.dls.device, self.iter):
+            self.check()
+
+    def check(self):
+        loss = self.loss.item()
+        if not math.isfinite(loss):
+            finite = torch.stack(self.recorder.step_losses).isfinite().tolist()
+            step = finite.index(False) if False in finite else len(finite) - 1
+            epoch, batch = divmod(step, len(self.dls.train))
+            raise UserError(
+                f"the loss became {loss:g} in epoch {epoch + 1}, batch {batch + 1} of {len(self.dls.train)}, at a"
+                f" learning rate of {self.recorder.lrs[step]:.2g}; start another run with a lower --lr_max"
+            )
+
+    after_train = after_validate = check
+
+
+class TimeEstimate(Callback):
+    """After the first steps, print how long the rest takes: the LR finder's `sweep` steps and all but `done` epochs."""
+
+    order, run_valid = ProgressCallback.order + 1, False  # the progress bar must exist to print above it
+    SKIP, MEASURE = 2, 6  # steps: the first ones include one-time set-up
+
+    def __init__(self, recipe: Recipe, done: int = 0, sweep: int = 0):
+        self.recipe, self.done, self.sweep, self.steps = recipe, done, sweep, 0
+
+    def after_batch(self):
+        self.steps += 1
+        if self.steps == self.SKIP:
+            self.loss.item()  # a GPU has only been asked for the steps so far; wait for it
+            self.start = time.perf_counter()
+        elif self.steps == self.SKIP + self.MEASURE:
+            self.loss.item()
+            step = (time.perf_counter() - self.start) / self.MEASURE
+            recipe, done, epochs = self.recipe, self.done / self.recipe.epochs, self.recipe.epochs - self.done
+            # A validation step is a forward pass on full-size images, about a third of the work.
+            validation_step = step * (recipe.sizes[-1][0] / recipe.side(done)) ** 2 / 3
+            validation = validation_step * len(self.dls.valid) * (epochs if recipe.validate == "each" else 1)
+            training = step * (self.sweep + recipe.epochs * len(self.dls.train) * recipe.work_left(done))
+            self.report(step, epochs, training + validation)
+
+    def report(self, step: float, epochs: int, seconds: float):
+        end = datetime.now() + timedelta(seconds=seconds)
+        what = f"{epochs} epoch{'s' * (epochs > 1)}" + " and the LR finder" * bool(self.sweep)
+        message = f"{what} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms per step)."
+        short = 1 + epochs // 8
+        on_cpu, by_assignment = torch.device(self.dls.device).type == "cpu", self.recipe.name == "assignment"
+        if on_cpu and by_assignment and not self.done and seconds > 3600 and short < epochs:
+            message += (
+                f" A GPU is much faster. On this CPU, --epochs {short} --peak_epoch 1 takes about"
+                f" {format_time(seconds * short / epochs)}; --recipe faster is made for CPUs."
+            )
+        self.progress.mbar.write(message) if hasattr(self, "progress") else print(message)

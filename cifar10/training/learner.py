@@ -1,0 +1,127 @@
+"""The one place where a Learner is built: model + recipe → optimizer, loss, callbacks, precision."""
+
+import torch
+from fastai import learner
+from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, accuracy
+from torch import nn
+
+from cifar10.hardware import keep_freed_memory, resolve_precision
+from cifar10.processes import is_distributed
+from cifar10.training.callbacks import EpochRecorder, Progress
+from cifar10.training.distributed import Distributed
+from cifar10.training.optim import LiveOptimWrapper, Muon, OptFunc
+from cifar10.training.recipes import Recipe
+from cifar10.training.strips import Strips
+from cifar10.training.tricks import CountFlop, FreezeLayers, GradientValueClip, L1Penalty, ProgressiveResize
+
+
+class CPUMixedPrecision(MixedPrecision):
+    """bfloat16 on the CPU: fastai's own callback autocasts on CUDA only."""
+
+    name = "mixed_precision"  # by which `load_learner` finds and removes it
+
+    def __init__(self):
+        super().__init__(amp_mode="bf16")
+
+    def before_fit(self):  # without fastai's, which warns that there is no GPU
+        self.autocast, self.scales = torch.autocast("cpu", dtype=torch.bfloat16), L()
+        self.learn.scaler = torch.amp.GradScaler("cpu", enabled=False)  # bfloat16 has the range of float32
+
+
+def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
+    if precision == "fp32":
+        return []
+    if device.type == "cuda":
+        return [MixedPrecision(amp_mode=precision)]
+    keep_freed_memory()  # in bf16 only: in fp32 the process would grow beyond 3 GiB
+    return [CPUMixedPrecision(), *([Strips()] if torch.cpu._is_amx_tile_supported() else [])]
+
+
+class Learner(learner.Learner):
+    """fastai's Learner, but an exception, also Ctrl-C, leaves nothing behind that would change the next fit.
+
+    An event reaches only those callbacks that handle it, because asking all of them takes more time.
+    """
+
+    def _call_one(self, event_name: str):
+        for cb in self.cbs.sorted("order"):
+            own = type(cb).__call__ is not Callback.__call__
+            if own or hasattr(type(cb), event_name) or event_name in vars(cb) or event_name == "after_fit":
+                cb(event_name)
+
+    def _with_events(self, f, event_type, *others):
+        try:
+            super()._with_events(f, event_type, *others)
+        except BaseException:
+            if event_type == "fit":
+                for cb in self._grab_cbs((FreezeLayers, Strips, Progress)):
+                    cb.after_fit()
+                self.opt.zero_grad()
+            raise
+
+    def one_batch(self, i, b):
+        device = torch.device(self.dls.device).type
+        before = torch.is_autocast_enabled(device)
+        try:
+            super().one_batch(i, b)
+        finally:
+            if torch.is_autocast_enabled(device) and not before and hasattr(self, "mixed_precision"):
+                self.mixed_precision.autocast.__exit__(None, None, None)
+
+    def add_cb(self, cb):
+        if isinstance(cb, MixedPrecision) and hasattr(self, "mixed_precision"):  # `to_fp16()`, `to_bf16()`
+            if torch.device(self.dls.device).type != "cuda":
+                return self  # fastai's callback would do nothing
+            self.remove_cb(self.mixed_precision)
+        return super().add_cb(cb)
+
+    def no_bar(self):
+        return self.removed_cbs(self._grab_cbs(Progress))
+
+
+def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", cbs=(),
+                **kwargs) -> Learner:  # fmt: skip
+    """A fastai Learner that trains `model` on `dls` with cross-entropy, as `recipe` says.
+
+    `precision` is "auto" (the fastest), "fp32", "bf16" or "fp16". Raises `UserError` if the device does not have it.
+    `kwargs` are arguments of fastai's Learner, like `path` or `splitter`; they replace what the recipe says.
+    """
+    device = torch.device(dls.device)  # `dls.to("cpu")` makes it a string
+    precision = resolve_precision(precision, device)
+    norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
+    for norm in norms:
+        norm.weight.requires_grad_(recipe.train_norm_scales)
+    fixed = {p for p in model.parameters() if not p.requires_grad}
+    biases = {norm.bias: recipe.norm_bias_lr_scale for norm in norms if recipe.norm_bias_lr_scale != 1}
+    optimizer = OptFunc(
+        Muon, momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
+        lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps, lr_scales=biases,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+    )  # fmt: skip
+    lr = kwargs.get("lr", recipe.lr_max or 0.1)  # of a fit that names none; fastai's is for Adam
+    model = model.to(device)
+    if device.type != "mps":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
+    settings = dict(
+        loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
+        opt_func=OptFunc(LiveOptimWrapper, opt=optimizer, fixed=fixed, lr=lr),
+        metrics=accuracy,
+        moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
+        default_cbs=False,
+        cbs=[
+            *(TrainEvalCallback(), EpochRecorder(), learner.CastToTensor(), Progress()),
+            *precision_callbacks(precision, device),
+            *([GradientValueClip(recipe.clip)] if recipe.clip else []),
+            *([L1Penalty(recipe.l1)] if recipe.l1 else []),
+            *([ProgressiveResize(recipe)] if len(recipe.sizes) > 1 else []),
+            *([FreezeLayers(recipe)] if recipe.freeze else []),
+            CountFlop(),
+            *([Distributed()] if is_distributed() else []),
+            *L(cbs),
+        ],
+    )
+    learn = Learner(dls, model, **(settings | kwargs))
+    learn.precision = precision
+    return learn

@@ -1,0 +1,97 @@
+"""The learning rate finder: fastai's sweep, the rule that turns its curve into lr_min and lr_max, and its plot."""
+
+import math
+from copy import deepcopy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from fastai.callback.schedule import LRFinder, minimum, steep, valley
+from fastai.vision.all import Learner, get_model
+from matplotlib import pyplot as plt
+from scipy.ndimage import uniform_filter1d
+
+from cifar10.errors import UserError
+
+SWEEP = dict(start_lr=1e-3, end_lr=3.0, num_it=50)  # from where nothing happens yet to where every model diverges
+SMOOTHING = 5  # steps in the moving average, two on either side
+BLOW_UP = 1.1  # times the loss at the start: beyond it, a curve says nothing more about good learning rates
+
+
+class LRCurve(NamedTuple):
+    """The learning rate and loss of each step of a sweep, and what follows from them."""
+
+    lrs: list[float]
+    losses: list[float]
+    lr_min: float
+    lr_max: float
+    suggestions: dict[str, float]  # of fastai's functions, on the smoothed curve before any blow-up
+
+
+def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, dict[str, float]]:
+    """`(lr_min, lr_max, suggestions)` from the losses of a sweep with rising learning rates.
+
+    The curve is smoothed and cut off where it first blows up. On the rest, three of fastai's functions make their
+    suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and `valley`. Then
+
+    - lr_max is the LR with the lowest loss. It is not divided by ten, because a cycle warms up to it, and because it
+      is the FC layer that blows up, while Muon's steps for the convolutions have a size of their own;
+    - lr_min is a tenth of the lowest of the three: safe to start from, and, without annihilation, small enough to
+      end with.
+
+    Raises `UserError` if fewer than ten steps come before the blow-up.
+    """
+    smooth = smoothed(losses)
+    bad = np.flatnonzero(~(smooth <= BLOW_UP * smooth[0]))
+    end = int(bad[0]) if len(bad) else len(lrs)
+    if end < 10:
+        raise UserError(f"the loss blows up at a learning rate of {lrs[end]:.2g} already; set --lr_max and --lr_min")
+    x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])
+    suggestions = {function.__name__: float(function(x, y, end)[0]) for function in (minimum, steep, valley)}
+    return min(suggestions.values()) / 10, lrs[int(smooth[:end].argmin())], suggestions
+
+
+def smoothed(losses: list[float]) -> np.ndarray:
+    return uniform_filter1d(np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf), SMOOTHING, mode="nearest")
+
+
+class InMemoryLRFinder(LRFinder):
+    """fastai's LRFinder, but it keeps the weights in memory and not in a file until they are restored."""
+
+    name = "lr_finder"
+
+    def before_fit(self):
+        super(LRFinder, self).before_fit()
+        self.best_loss = math.inf
+        self.before = deepcopy([get_model(self.model).state_dict(), self.opt.state_dict()])
+
+    def after_fit(self):
+        self.opt.zero_grad()
+        for part, state in zip((get_model(self.model), self.opt), self.before, strict=True):
+            part.load_state_dict(state)
+
+
+def find_lrs(learn: Learner) -> LRCurve:
+    """Sweep as fastai's `lr_find` does, over `SWEEP`; the model keeps its weights. Raises like `suggest_lrs`."""
+    with learn.no_logging():
+        learn.fit(1 + SWEEP["num_it"] // len(learn.dls.train), cbs=InMemoryLRFinder(**SWEEP))
+    lrs, losses = [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()
+    return LRCurve(lrs, losses, *suggest_lrs(lrs, losses))
+
+
+def plot_lr_curve(curve: LRCurve):
+    """The loss of each step of a sweep, with lr_min, lr_max and fastai's suggestions."""
+    _, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    ax.plot(curve.lrs, curve.losses, ".", color="tab:blue", label="loss of each step")
+    ax.plot(curve.lrs, smoothed(curve.losses), color="tab:blue", alpha=0.5, label="smoothed")
+    for name, lr, style in (("lr_min", curve.lr_min, "--"), ("lr_max", curve.lr_max, "-")):
+        ax.axvline(lr, color="tab:green", linestyle=style, label=f"{name} = {lr:.2g}")
+    for (name, lr), marker in zip(curve.suggestions.items(), "ov^"):
+        name = name.replace("minimum", "minimum / 10")  # the LR with the lowest loss, divided by ten
+        height = np.interp(np.log(lr), np.log(curve.lrs), curve.losses)
+        ax.plot(lr, height, marker, color="tab:orange", markersize=9, label=f"fastai's {name}: {lr:.2g}")
+    ax.set(xscale="log", xlabel="Learning rate", ylabel="Cross-entropy loss")
+    ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # a blow-up at the end would flatten all the rest
+    ax.set_title("LR finder: the learning rate rises at every step; lr_max has the lowest smoothed loss")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend()

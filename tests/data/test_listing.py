@@ -1,0 +1,276 @@
+"""No file of a folder is left out in silence, and classes whose names only look alike are told apart."""
+
+import os
+import shutil
+import unicodedata
+
+import pytest
+from conftest import make_images
+from PIL import Image
+
+from cifar10.data.listing import list_folder
+from cifar10.data.table import ImageTable
+from cifar10.errors import UserError
+from train import get_dls
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_images(tmp_path / "set", train=4, test=2, classes=("cross", "ring", "bar"))
+
+
+def counts(folder) -> dict[str, int]:
+    """Class → training images."""
+    listing = list_folder(folder)
+    labels = [label for label, split in zip(listing.labels, listing.splits, strict=True) if split == "train"]
+    return {label: labels.count(label) for label in sorted({*labels})}
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JPG", "jpe", "webp", "tif", "bmp", "gif", "ppm", "tga", "avif", "jp2"])
+def test_every_suffix_that_pillow_opens(folder, suffix):
+    for file in folder.glob("*/ring/*.png"):
+        kind = "JPEG" if suffix in ("jfif", "jpe") else None
+        Image.open(file).convert("RGB").save(file.with_suffix(f".{suffix}"), kind)
+        file.unlink()
+    assert counts(folder) == {"bar": 4, "cross": 4, "ring": 4}
+    assert len(ImageTable(folder).pixels) == 18
+
+
+def test_folders_within_a_class(folder):
+    """At any depth, behind links, too; a link that leads back is followed once."""
+    ring = folder / "train/ring"
+    (ring / "a/b").mkdir(parents=True)
+    (ring / "0.png").rename(ring / "a/0.png")
+    (ring / "1.png").rename(ring / "a/b/1.png")
+    (ring / "a/again").symlink_to(ring, target_is_directory=True)
+    elsewhere = folder.parent / "elsewhere"
+    (ring / "a/b").rename(elsewhere)
+    (ring / "linked").symlink_to(elsewhere, target_is_directory=True)
+    assert counts(folder) == {"bar": 4, "cross": 4, "ring": 4}
+    dls = get_dls(folder, batch_size=4)
+    nested = [i for i, file in enumerate(dls.train.items) if file.parent.name in ("a", "linked")]
+    assert len(nested) == 2 and {dls.vocab[dls.train_ds[i][1]] for i in nested} == {"ring"}
+    assert {dls.vocab[dls.train.targets[0][i]] for i in nested} == {"ring"}
+
+
+def test_files_that_are_ignored_are_counted(folder, capsys):
+    for name in ("notes.txt", "more.txt", "photo.heic", ".hidden.png", "noname", "deep/x.csv"):
+        file = folder / "train/cross" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
+    (folder / "train/cross/.cache").mkdir()
+    (folder / "train/stray.png").write_text("x")
+    (folder / "test/readme.md").write_text("x")
+    ImageTable(folder)
+    expected = (
+        "set: 9 files ignored: 2 .txt, 2 hidden, 1 .heic, 1 without a suffix, 1 .csv, 1 directly in train/,"
+        " 1 directly in test/"
+    )
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(said[-1].replace(": ", ", ").split(", ")) == sorted(expected.replace(": ", ", ").split(", "))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("content", [None, "notes.txt", "photo.heic"])
+def test_a_class_without_images_is_an_error(folder, split, content):
+    (folder / split / "star").mkdir()
+    if content:
+        (folder / split / "star" / content).write_text("x")
+    with pytest.raises(UserError, match=f"has class folders without images: {split}/star; add some or remove them"):
+        list_folder(folder)
+
+
+def rename(folder, old, new):
+    os.rename(folder / "test" / old, folder / "test" / new)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ("Ring", "letter case"),
+        ("ring ", "spaces at the beginning or end"),
+        ("ri-ng", "letter case, spaces, punctuation or similar characters"),
+        ("circle", None),
+        ("\uff52ing", "letter case, spaces, punctuation or similar characters"),  # a wide r
+        ("Ring ", "letter case, spaces, punctuation or similar characters"),
+    ],
+)
+def test_a_class_of_the_test_split_that_only_looks_like_one_of_train(folder, other, difference):
+    rename(folder, "ring", other)
+    with pytest.raises(UserError) as error:
+        list_folder(folder)
+    assert f"set/test has classes that train lacks, {other!r}" in str(error.value)
+    hint = f"; {other!r} differs from 'ring' by {difference}; rename, remove or add them"
+    assert hint in str(error.value) if difference else "differs" not in str(error.value)
+
+
+def test_unicode_normalization_makes_no_difference(folder):
+    name = "caf\u00e9"
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        os.rename(folder / split / "ring", folder / split / unicodedata.normalize(form, name))
+    table = ImageTable(folder)
+    assert table.classes == ["bar", name, "cross"] and table.labels.count(name) == 6
+    assert len(get_dls(folder, batch_size=4).valid_ds) == 6
+
+
+def test_classes_of_train_that_look_alike_are_told(folder, capsys):
+    os.rename(folder / "train/ring", folder / "train/Cross")
+    os.rename(folder / "test/ring", folder / "test/Cross")
+    ImageTable(folder)
+    assert "set: the classes 'Cross' and 'cross' differ by letter case only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("unlabelled", ["flat", "one folder"])
+@pytest.mark.parametrize("labelled", ["valid", "val"])
+def test_labelled_images_beside_unlabelled_ones(folder, capsys, labelled, unlabelled):
+    """As Kaggle gives them: the images in test/ have no classes."""
+    os.rename(folder / "test", folder / labelled)
+    target = folder / "test" / ("unknown" if unlabelled == "one folder" else "")
+    target.mkdir(parents=True)
+    for i in range(5):
+        Image.new("RGB", (9, 9)).save(target / f"{i}.png")
+    table = ImageTable(folder)
+    assert [len(rows) for rows in table.split_rows("test")] == [12, 6] and table.split_names == ["train", labelled]
+    why = "its files have no class folders" if unlabelled == "flat" else "it has none of train's classes"
+    assert f"set: test/ is not used: {why}" in capsys.readouterr().out
+
+
+def test_a_third_split_is_told(folder, capsys):
+    make_images(folder.parent / "more", classes=("cross", "ring", "bar"), test=3)
+    os.rename(folder.parent / "more/test", folder / "valid")
+    os.rename(folder / "test", folder / "val")
+    assert ImageTable(folder).split_names == ["train", "valid"]
+    assert "set: val/ is not used: valid/ is" in capsys.readouterr().out
+
+
+def test_only_an_unlabelled_test_split(tmp_path):
+    folder = make_images(tmp_path / "set", train=10, test=2, classes=("cross", "ring", "bar"))
+    for number, file in enumerate(folder.glob("test/*/*.png")):
+        file.rename(folder / f"test/{number}.png")
+    for name in ("cross", "ring", "bar"):
+        (folder / "test" / name).rmdir()
+    with pytest.raises(UserError, match="no test/, valid/ or val/ with class folders"):
+        get_dls(folder, batch_size=2)
+    assert len(get_dls(folder, batch_size=2, valid="holdout").valid_ds) == 3
+
+
+def told(folder, capsys) -> str:
+    """What is printed about a folder, without the progress bar."""
+    capsys.readouterr()
+    ImageTable(folder)
+    return "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{folder.name}: "))
+
+
+def test_classes_without_validation_images_are_told(folder, capsys):
+    shutil.rmtree(folder / "test/bar")
+    assert told(folder, capsys) == "set: test/ has no images of bar, so they can't be evaluated"
+
+
+def test_what_systems_leave_in_folders_is_no_class(folder, capsys):
+    for name in ("train/@eaDir", "train/cross/@eaDir", "train/.ipynb_checkpoints", "test/__MACOSX", "train/cross/.old"):
+        shutil.copytree(folder / "train/ring", folder / name)
+    assert counts(folder) == {"bar": 4, "cross": 4, "ring": 4}
+    assert told(folder, capsys) == "set: 5 files ignored: 5 hidden"
+
+
+def test_folders_beside_the_splits_are_told(folder, capsys):
+    for name in ("Test", "more", ".hidden"):
+        (folder / name / "ring").mkdir(parents=True, exist_ok=True)
+    (folder / "test").rename(folder / "valid")
+    assert told(folder, capsys) == "set: not used, beside train/: Test, more"
+
+
+def test_images_in_folders_within_a_class_are_told(folder, capsys):
+    (folder / "train/cross/masks").mkdir()
+    for i in range(2):
+        (folder / f"train/cross/{i}.png").rename(folder / f"train/cross/masks/{i}.png")
+    assert told(folder, capsys) == "set: 2 images are in folders within a class, and belong to it"
+
+
+def test_validation_is_a_name_as_well(folder):
+    os.rename(folder / "test", folder / "validation")
+    assert ImageTable(folder).split_names == ["train", "validation"]
+
+
+def test_leaks_and_contradictions_are_told(folder, capsys):
+    shutil.copy(folder / "train/ring/1.png", folder / "test/ring/copied.png")
+    shutil.copy(folder / "train/bar/2.png", folder / "train/cross/also.png")
+    assert told(folder, capsys).splitlines() == [
+        "set: 1 of 20 images are validation or test images, but identical to training images: test/ring/copied.png",
+        "set: 2 of 20 images are in two classes of train: train/bar/2.png, train/cross/also.png",
+    ]
+
+
+def test_a_class_of_photos_that_pillow_does_not_open_is_named_with_them(folder):
+    for file in folder.glob("train/ring/*.png"):
+        file.rename(file.with_suffix(".heic"))
+    with pytest.raises(UserError, match=r"images: train/ring; add some or remove them \(ignored files: 4 .heic\)"):
+        list_folder(folder)
+
+
+# ---- Files that can't be read
+
+
+def test_all_broken_images_are_named_at_once(folder):
+    for i in range(3):
+        (folder / f"train/cross/{i}.png").write_bytes(b"no image")
+    (folder / "test/ring/0.png").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        ImageTable(folder)
+    message = str(error.value)
+    assert "4 of 18 images can't be used: train/cross/0.png (cannot identify image file), train/cross/1.png" in message
+    assert (
+        "train/cross/2.png" in message
+        and "test/ring/0.png" in message
+        and message.endswith("or leave them out with --skip_broken")
+    )
+    with pytest.raises(UserError) as again:  # from the cache
+        ImageTable(folder)
+    assert str(again.value) == message
+    (folder / "train/cross/0.png").unlink()
+    with pytest.raises(UserError, match="3 of 17 images"):
+        ImageTable(folder)
+
+
+def test_at_most_twenty_are_named(tmp_path):
+    folder = make_images(tmp_path / "set", train=30)
+    for file in folder.glob("train/ring/*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError) as error:
+        ImageTable(folder)
+    assert str(error.value).count("(cannot identify") == 20 and "and 10 more; repair" in str(error.value)
+
+
+def test_broken_images_are_left_out_on_request(folder, capsys):
+    (folder / "train/cross/1.png").write_bytes(b"no image")
+    (folder / "train/ring/link.png").symlink_to("nowhere.png")
+    table = ImageTable(folder, skip_broken=True)
+    assert len(table.pixels) == len(table.files) == len(table.labels) == 17
+    said = capsys.readouterr().out
+    assert "set: left out, because 2 of 19 images can't be used: train/cross/1.png (cannot identify image file)" in said
+    whole = make_images(folder.parent / "whole", train=4, test=2, classes=("cross", "ring", "bar"))
+    same = ImageTable(whole)
+    for file, pixels in zip(table.files, table.pixels):
+        assert (pixels == same.pixels[same.row[whole / file.relative_to(folder)]]).all()
+    assert len(get_dls(folder, batch_size=4, skip_broken=True).train_ds) == 11
+
+
+def test_a_class_that_is_broken_altogether(folder):
+    for file in folder.glob("train/ring/*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"no image of ring in .*set/train can be used"):
+        ImageTable(folder, skip_broken=True)
+
+
+def test_a_split_that_is_broken_altogether(folder):
+    for file in folder.glob("test/*/*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"no image in .*set/test can be used; repair or remove it"):
+        get_dls(folder, skip_broken=True, batch_size=2)
+    assert len(get_dls(folder, skip_broken=True, batch_size=2, valid="holdout", valid_pct=0.25).valid_ds) == 3
+
+
+def test_names_of_the_greatest_length(tmp_path):
+    folder = make_images(tmp_path / ("猫" * 80), train=2, test=2, classes=("x" * 250, "y" * 250))
+    table = ImageTable(folder)
+    assert table.cache.is_file() and len(os.fsencode(table.cache.name)) < 150

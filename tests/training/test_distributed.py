@@ -1,0 +1,264 @@
+"""Several processes: the same numbers as one, and what happens when one of them is lost."""
+
+import itertools
+import os
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import torch
+from conftest import ROOT
+from filelock import FileLock
+
+from cifar10.errors import UserError
+from cifar10.processes import process_group
+
+OPTIONS = ["--data", "digits", "--width", 8, "--epochs", 3, "--peak_epoch", 1, "--lr_max", 0.1, "--precision", "fp32"]
+OPTIONS += ["--name", "run", "--timeout", 60]
+LOST = "stopped by a lost connection to another process"
+
+
+def torchrun(script: str, *arguments, cwd: Path, processes=2, launcher=("--standalone",), before=(), **variables):
+    """Run a script of ours in several processes; stderr goes to stdout."""
+    run = [*before, sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node", processes]
+    command = [str(word) for word in (*run, ROOT / script, *arguments)]
+    about = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen(command, cwd=cwd, env=about, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a process printed, once it has ended."""
+    return process.communicate(timeout=240)[0]
+
+
+def once(tmp_path_factory, name: str, make) -> Path:
+    """A folder that `make` fills, for all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp().parent / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, digits) -> dict[int, list[dict]]:
+    """What each of one, two and three processes finds."""
+
+    def make(folder: Path):
+        for number in (1, 2, 3):
+            process = torchrun("tests/parts.py", folder, cwd=folder, processes=number)
+            output = finish(process)
+            assert process.returncode == 0, output
+
+    folder = once(tmp_path_factory, "parts", make)
+    return {n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=False) for rank in range(n)] for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("processes", (2, 3))
+@pytest.mark.parametrize("norm", ("layer", "batch"))
+def test_several_processes_train_as_one(found, norm, processes):
+    alone, *them = (part[norm] for part in found[1] + found[processes])
+    for part in them:
+        # With batch normalization, other rounding breaks ties between the equal pixels of a digit's background
+        # in another way; see the next test.
+        assert part["losses"][:5] == pytest.approx(alone["losses"][:5], abs=1e-5 if norm == "layer" else 0.01)
+        gradient, other = (torch.cat([*map(torch.flatten, found["gradients"].values())]) for found in (alone, part))
+        assert (other - gradient).norm() <= (1e-4 if norm == "layer" else 0.05) * gradient.norm()
+        assert part["flop"] == alone["flop"]
+        assert part["extra"][0] == pytest.approx(alone["extra"][0], abs=0.01)  # accuracy on the training images
+        assert part["values"][0] == pytest.approx(alone["values"][0], abs=0.03)
+        assert all(map(torch.equal, part["state"].values(), them[0]["state"].values()))
+    for name, buffer in alone["state"].items():
+        assert torch.allclose(them[0]["state"][name].float(), buffer.float(), rtol=0.1, atol=0.1), name
+
+
+@pytest.mark.parametrize("processes", (2, 3))
+def test_batch_normalization_is_over_all_processes(found, processes):
+    expected = found[1][0]["batch norm"]
+    for part in found[processes]:
+        assert (part["batch norm"] - expected).norm() <= 1e-10 * expected.norm()
+        torch.testing.assert_close(part["statistics"], found[1][0]["statistics"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", (2, 3))
+@pytest.mark.parametrize("kind", ("trained", "validated"))
+def test_each_image_is_seen_once(found, kind, processes):
+    alone, *split = (part["layer"][kind] for part in found[1] + found[processes])
+    whole = [image for batch in alone for image in batch]
+    assert len(whole) == (2 * 4 * 359 if kind == "trained" else 2 * 360)
+    assert sorted(image for part in split for batch in part for image in batch) == sorted(whole)
+    if kind == "trained":
+        for batch, *shares in zip(alone, *split, strict=True):
+            assert sorted(itertools.chain(*shares)) == sorted(batch)
+    else:
+        assert len({len(part) for part in split}) == 2  # the last image is seen by one process only
+
+
+def test_whole_batches_are_augmented_after_the_training(found):
+    assert {part["layer"]["augmented"] for parts in found.values() for part in parts} == {5}
+
+
+def test_two_processes_become_as_accurate_as_one(found):
+    one, two = (found[number][0]["accuracies"] for number in (1, 2))
+    assert statistics.mean(two) == pytest.approx(statistics.mean(one), abs=0.03)
+    assert min(two) > 0.9
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, digits) -> Path:
+    """The folder of a run by two processes that nothing has interrupted."""
+
+    def make(folder: Path):
+        output = finish(torchrun("train.py", *OPTIONS, cwd=folder))
+        assert output.count("digits: ") == 2, output  # its first and its last line: only the first process prints
+
+    return once(tmp_path_factory, "whole", make) / "runs" / "run"
+
+
+def test_killed_processes_are_started_again_and_the_run_resumes(whole, tmp_path):
+    """One is killed in the training, in the validation, and while it saves a checkpoint."""
+    process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path, launcher=("--standalone", "--max-restarts", 3))
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert output.count(LOST) == 3, output
+    assert re.findall("Resuming after epoch (.) of 3", output) == ["0", "1", "1"], output
+    run = tmp_path / "runs/run"
+    assert '"processes": 2' in (run / "config.json").read_text()
+    for name in ("model.safetensors", "batches.csv"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(run.rglob("*.part"))
+
+
+def test_a_killed_process_ends_the_others_and_another_number_can_resume(digits, tmp_path):
+    process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path)
+    output = finish(process)
+    assert process.returncode and output.count("; resume with: torchrun --standalone --nproc_per_node 2 ") == 1, output
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--resume", "last"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Started with 2 and resumed with 1 processes: the result is the same only up to rounding" in done.stdout
+
+
+@pytest.mark.parametrize("words, answer", [
+    (["--lr-mx", 1], "train.py: error: there is no option --lr-mx; did you mean --lr-max?"),
+    (["--data", "nowhere"], "error: there is no nowhere; "),
+])  # fmt: skip
+def test_a_mistake_is_told_once(tmp_path, digits, words, answer):
+    output = finish(torchrun("train.py", *words, cwd=tmp_path))
+    assert output.count(answer) == 1, output
+    assert output.count("error: ") - output.count("RuntimeError: ") == 1, output
+
+
+@pytest.mark.parametrize("words, answer", [
+    (["--data", "nowhere"], "error: there is no nowhere; "),
+    (["--l1", 0.1], "error: an option or the precision of process 1 differs from that of the first; "),
+])  # fmt: skip
+def test_a_mistake_on_one_host_ends_all(tmp_path, digits, words, answer):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank, options in enumerate(([], words)):
+        launcher = ("--nnodes", 2, "--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port)
+        started.append(torchrun("train.py", *OPTIONS, *options, cwd=tmp_path, processes=1, launcher=launcher))
+    outputs = [
+        process.communicate(timeout=60)[0] for process in started
+    ]  # the timeout of a lost process would be later
+    assert "".join(outputs).count(answer) == 1, outputs
+    assert all(process.returncode for process in started)
+
+
+def test_a_restart_does_not_resume_the_run_of_another_launch(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "runs/run")
+    launcher = ("--standalone", "--max-restarts", 1)
+    process = torchrun("train.py", *OPTIONS, cwd=tmp_path, processes=1, launcher=launcher)
+    output = finish(process)
+    assert process.returncode and output.count("error: runs/run exists already; ") == 2, output
+
+
+@pytest.mark.parametrize("gpus, apple, answer", [
+    (1, False, "there are 2 processes and 1 GPU; start one for each GPU"),
+    (0, True, "several processes can't share an Apple GPU"),
+])  # fmt: skip
+def test_processes_without_a_gpu_of_their_own_are_refused(monkeypatch, gpus, apple, answer):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    with pytest.raises(UserError, match=answer), process_group("auto", timeout=5):
+        pass
+
+
+def test_other_scripts_run_in_one_process(tmp_path):
+    output = finish(torchrun("predict.py", "nowhere", "cat.jpg", cwd=tmp_path))
+    assert output.count("predict.py runs in one process: the others end") == 1, output
+    assert output.count("error: ") == 1, output
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces that are connected as hosts: their names, devices and addresses."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root, and ip of iproute2")
+    key = uuid4().hex[:6]
+    names, addresses = [f"a{key}", f"b{key}"], ["10.66.0.1", "10.66.0.2"]
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+        link = ["ip", "link", "add", names[0], "netns", names[0], "type", "veth", "peer", names[1], "netns", names[1]]
+        subprocess.run(link, check=True, capture_output=True)
+        for name, address in zip(names, addresses):
+            for words in (
+                ["addr", "add", f"{address}/24", "dev", name],
+                ["link", "set", name, "up"],
+                ["link", "set", "lo", "up"],
+            ):
+                subprocess.run(["ip", "-n", name, *words], check=True, capture_output=True)
+        yield names
+    except subprocess.CalledProcessError as reason:
+        pytest.skip(f"network namespaces are not permitted: {reason.stderr}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def start_on(hosts, folder: Path, *options) -> list[subprocess.Popen]:
+    """Start a training on two hosts that share no folder."""
+    started = []
+    for rank, host in enumerate(hosts):
+        (folder / host).mkdir()
+        launcher = ("--nnodes", 2, "--node_rank", rank, "--master_addr", "10.66.0.1", "--master_port", 29511)
+        home = dict(FASTAI_HOME=str(folder / host / "home"), GLOO_SOCKET_IFNAME=host)
+        enter = ("ip", "netns", "exec", host)
+        started.append(torchrun("train.py", *OPTIONS, *options, cwd=folder / host, processes=1, launcher=launcher,
+                                before=enter, **home))  # fmt: skip
+    return started
+
+
+def test_two_hosts_train_as_two_processes_of_one(hosts, whole, tmp_path):
+    outputs = [finish(process) for process in start_on(hosts, tmp_path)]
+    first, second = (tmp_path / host / "runs/run" for host in hosts)
+    assert (first / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(), outputs
+    assert not second.exists()  # only the first process writes
+
+
+def test_hosts_that_lose_each_other_end_after_the_timeout(hosts, tmp_path):
+    processes = start_on(hosts, tmp_path, "--timeout", 5, "--epochs", 99, "--peak_epoch", 1)
+    saved = tmp_path / hosts[0] / "runs/run/checkpoints/epoch-00001.safetensors"
+    while not saved.exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    subprocess.run(["ip", "-n", hosts[0], "link", "set", hosts[0], "down"], check=True)
+    for process in processes:
+        output = process.communicate(timeout=60)[0]
+        assert re.search(f"{LOST}; resume with: the same command on each host, with --resume", output), output

@@ -1,0 +1,102 @@
+"""The LR finder: its rule on recorded and constructed curves, and what it leaves behind."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small
+
+from cifar10.errors import UserError
+from cifar10.files import read_csv
+from cifar10.training.lr_finder import SWEEP, find_lrs, suggest_lrs
+
+
+def curve(name: str) -> tuple[list[float], list[float]]:
+    columns = read_csv(ROOT / name)
+    return columns["lr"], columns["loss"]
+
+
+HEALTHY = ("results/cifar10-assignment/lr_find.csv", "tests/curves/cifar10_width32.csv")
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_lrs_of_a_healthy_curve(name):
+    lrs, losses = curve(name)
+    lr_min, lr_max, suggestions = suggest_lrs(lrs, losses)
+    assert 0 < lr_min < lr_max and set(suggestions) == {"minimum", "steep", "valley"}
+    assert 0.05 < lr_max < 0.6 and lr_max == pytest.approx(10 * suggestions["minimum"])
+    before = [loss for lr, loss in zip(lrs, losses) if lr < lr_max]
+    assert np.convolve(before, np.ones(5) / 5, "valid").max() <= 1.1 * losses[0]  # apart from single steps
+
+
+def blow_up(up_to: float, at: float, flat: float = 2.3, n: int = 480) -> tuple[list[float], list[float]]:
+    """The shape of the notebook's curve: flat, then a peak of the loss, then down again."""
+    lrs = np.linspace(1e-3, 0.5, n)
+    peak = up_to * np.exp(-((np.log(lrs / (1.5 * at)) / 0.3) ** 2))
+    noise = np.random.default_rng(0).normal(0, 0.02, n)
+    return lrs.tolist(), (flat + peak + noise).tolist()
+
+
+def infinite(at: float) -> tuple[list[float], list[float]]:
+    """Flat, then infinite."""
+    lrs, losses = blow_up(0, at)
+    return lrs, [float("inf") if lr > at else loss for lr, loss in zip(lrs, losses)]
+
+
+@pytest.mark.parametrize(
+    ("lrs", "losses", "blown"),
+    [
+        (*blow_up(87, 0.03), 0.03),
+        (*blow_up(87, 0.2), 0.2),
+        (*infinite(0.3), 0.3),
+    ],
+    ids=["notebook", "late", "infinite"],
+)
+def test_no_suggestion_at_or_behind_a_blow_up(lrs, losses, blown):
+    lr_min, lr_max, suggestions = suggest_lrs(lrs, losses)
+    assert max(lr_min, lr_max, *suggestions.values()) < blown
+
+
+@pytest.mark.parametrize(
+    ("lrs", "losses"),
+    [curve("tests/curves/cifar10_plain.csv"), (np.geomspace(1e-3, 1, 50).tolist(), [2.3] * 4 + [float("nan")] * 46)],
+    ids=["recorded", "not a number"],
+)
+def test_nothing_is_suggested_where_everything_blows_up(lrs, losses):
+    with pytest.raises(UserError, match=r"blows up at a learning rate.* set --lr_max"):
+        suggest_lrs(lrs, losses)
+
+
+def test_find_lrs_leaves_the_model_as_it_was(dls):
+    learn = small(dls)
+    before = {name: value.clone() for name, value in learn.model.state_dict().items()}
+    found = find_lrs(learn)
+    assert 0 < found.lr_min < found.lr_max <= SWEEP["end_lr"]
+    assert found.lrs[0] == pytest.approx(SWEEP["start_lr"]) and len(found.lrs) == len(found.losses)
+    assert all(torch.equal(value, before[name]) for name, value in learn.model.state_dict().items())
+
+
+def test_find_lrs_writes_nothing_and_leaves_a_fresh_optimizer(dls, tmp_path):
+    learn = small(dls, path=tmp_path)
+    find_lrs(learn)
+    assert list(tmp_path.iterdir()) == [] and not learn.opt.state_dict()["state"]
+
+
+def test_find_lrs_restores_everything(dls):
+    """After training: weights, running statistics and momentum."""
+    learn = small(dls)
+    learn.fit_one_cycle(1, 0.01)
+    before = copy.deepcopy([learn.model.state_dict(), learn.opt.state_dict()])
+    find_lrs(learn)
+    after = [learn.model.state_dict(), learn.opt.state_dict()]
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+    for index, state in before[1]["state"].items():
+        assert torch.equal(state["momentum_buffer"], after[1]["state"][index]["momentum_buffer"])
+    assert before[1]["state"] and not hasattr(learn, "lr_finder")
+
+
+def test_lr_find_after_training(dls, tmp_path):
+    learn = small(dls, path=tmp_path)
+    learn.fit_one_cycle(1, 0.01)
+    assert learn.lr_find(num_it=20, show_plot=False).valley > 0

@@ -1,0 +1,71 @@
+"""Options: checked once, for the command line and for config.json alike; and what they make of a recipe."""
+
+from dataclasses import asdict
+
+import pytest
+
+from cifar10.data.table import ImageTable
+from cifar10.errors import UserError
+from cifar10.training.options import Options
+from cifar10.training.recipes import ASSIGNMENT, FAST
+from model import NORMS
+from train import get_dls
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(epochs=0), "epochs is 0; it must be at least 1"),
+        (dict(epochs="abc"), "epochs is 'abc'; it must be a whole number"),
+        (dict(epochs=1.5), "epochs is 1.5; it must be a whole number"),
+        (dict(epochs=True), "epochs is True; it must be a whole number"),
+        (dict(lr_max=0.0), "lr_max is 0.0; it must be above 0"),
+        (dict(lr_max=float("nan")), "lr_max is nan; it must be above 0"),
+        (dict(lr_max=0.1, lr_min=0.2), "lr_min is 0.2; it must be at most lr_max, 0.1"),
+        (dict(epochs=3, peak_epoch=5), "peak_epoch is 5; it must be at most epochs, 3"),
+        (dict(norm="group"), "norm is 'group'; it must be one of batch, layer"),
+        (dict(annihilate="no"), "annihilate is 'no'; it must be true or false"),
+        (dict(flip=1), "flip is 1; it must be true or false"),
+        (dict(width=5000), "width is 5000; it must be at least 1 and at most 4096"),
+        (dict(seed=2**32), "at most 4294967295"),
+        (dict(seed=None), "seed is None; it must be a whole number"),
+        (dict(data=3), "data is 3; it must be text"),
+        (dict(name="a/b"), "plain folder name"),
+        (dict(name=""), "plain folder name"),
+        (dict(name=".hidden"), "plain folder name"),
+        (dict(name=".."), "plain folder name"),
+        (dict(name="x" * 300), "plain folder name"),
+    ],
+)
+def test_wrong_values(options, says):
+    with pytest.raises(UserError) as told:
+        Options(**options)
+    assert says in str(told.value)
+
+
+def test_options_survive_json():
+    assert Options(**asdict(Options(epochs=3, flip=False))) == Options(epochs=3, flip=False)
+
+
+def test_the_norms_are_the_models():
+    for norm in NORMS:
+        assert Options(norm=norm).norm == norm
+
+
+def test_what_was_given_replaces_the_recipe(shapes):
+    images = ImageTable.open(shapes)
+    assert Options().resolve(images) == ASSIGNMENT.adapted(48)
+    recipe = Options(recipe="fast", epochs=10, clip=0.1, flip=False, annihilate=False, batch_size=16).resolve(images)
+    given = (recipe.epochs, recipe.clip, recipe.flip, recipe.annihilate, recipe.batch_size)
+    assert given == (10, 0.1, False, False, 16) and (recipe.lr_max, recipe.sizes) == (FAST.lr_max, FAST.sizes)
+    assert recipe.peak_epoch == pytest.approx(FAST.peak_epoch * 10 / 8)
+    with pytest.raises(UserError, match="batch_size is 100, above the 48 training images"):
+        get_dls(images, bs=100)
+
+
+def test_data_sets_have_defaults_of_their_own(digits):
+    """Digits are not flipped unless asked for, and few epochs are enough."""
+    images = digits.train.table
+    recipe = Options().resolve(images)
+    assert (recipe.epochs, recipe.flip, recipe.batch_size) == (6, False, 64) and recipe.peak_epoch == 5 / 4
+    assert Options(flip=True).resolve(images).flip and not Options(flip=False).resolve(images).flip
