@@ -7,24 +7,23 @@ import os
 import re
 import signal
 import sys
-import time
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from io import TextIOWrapper
 from pathlib import Path
-from threading import Thread
 from types import ModuleType
 
 import matplotlib
-import torch.distributed as dist
 from fastcore.basics import IN_NOTEBOOK
 from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
 from cifar10.errors import Stopped, UserError
+from cifar10.processes import is_first_to_fail
 
 SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
 STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number; others: 1
@@ -56,8 +55,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            options = self._option_string_actions.items()
-            known = [option for option, action in options if option.startswith("--") and action.help != SUPPRESS]
+            known = re.findall(r"--[a-z][\w-]*", self.format_help())
             closest = get_close_matches(unknown[1], known, n=1)
             closest = [SYNONYMS[unknown[1]]] if SYNONYMS.get(unknown[1]) in known else closest
             message = f"there is no option {unknown[1]}; {f'did you mean {closest[0]}?' if closest else 'see --help'}"
@@ -67,31 +65,12 @@ class Parser(ArgumentParser):
         fail(f"{self.prog}: error: {message}", 2)
 
 
-def fails_first() -> bool:
-    """Whether this process is the first to report a failure, as far as is known."""
-    rank = os.environ.get("RANK", "0")
-    if not dist.is_available() or not dist.is_initialized():
-        if rank != "0":
-            time.sleep(10)  # or torchrun would end the first process before it has printed
-        return rank == "0"
-    answers: list[bytes] = []
-
-    def ask():
-        with suppress(RuntimeError):
-            answers.append(dist.distributed_c10d._get_default_store().compare_set("failed", "", rank))
-
-    thread = Thread(target=ask, daemon=True)  # the host that knows may be cut off
-    thread.start()
-    thread.join(timeout=5)
-    return not answers or answers[0].decode() == rank
-
-
 def fail(message: str, status: int):
     """Print `message` to stderr and end the program with `status`. Of several processes, the first to fail prints."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # torchrun may send one right now
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):  # the terminal may have been closed
-        if fails_first():
+        if is_first_to_fail():
             print(message, file=sys.stderr)
     try:
         print(end="", flush=True)
@@ -112,12 +91,13 @@ def parse(schema: Callable, words: list[str]) -> dict:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     words = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), word) for word in words]
     untyped = object()
-    names = [action.dest for action in parser._actions if action.default is not SUPPRESS]
-    given = vars(parser.parse_args(words, Namespace(**dict.fromkeys(names, untyped))))
-    for name in ("pdb", "xtra"):  # fastcore's, which do nothing here
-        if given.pop(name) is not untyped:
-            parser.error(f"unrecognized arguments: --{name}")
-    return {name: value for name, value in given.items() if value is not untyped}
+    unused = ("pdb", "xtra")  # fastcore's own options, which do nothing here
+    names = [*signature(schema).parameters, *unused, "debug"]
+    values = vars(parser.parse_args(words, Namespace(**dict.fromkeys(names, untyped))))
+    typed = {name: value for name, value in values.items() if value is not untyped}
+    for name in {*unused} & {*typed}:
+        parser.error(f"unrecognized arguments: --{name}")
+    return typed
 
 
 @contextmanager
@@ -152,9 +132,9 @@ def run(main: Callable, schema: Callable | None = None, distributed: bool = Fals
     with script_settings():
         debug = "--debug" in sys.argv
         try:
-            given = parse(schema or main, sys.argv[1:])
-            given.pop("debug", None)
-            main(**given)
+            typed = parse(schema or main, sys.argv[1:])
+            typed.pop("debug", None)
+            main(**typed)
         except BrokenPipeError:
             fail("stopped by a closed pipe", STATUS["a closed pipe"])
         except KeyboardInterrupt as stopped:

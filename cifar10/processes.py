@@ -1,13 +1,18 @@
-"""Several processes: joining, rank 0, one answer for all."""
+"""Several processes: joining, rank 0, one answer for all. In a single process, all of this does nothing.
 
-import atexit
+Rank 0 is the process that prints and writes. The first process of each host has the local rank 0.
+"""
+
 import os
-import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
+from functools import cache, wraps
+from itertools import count
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +22,11 @@ from fastai.torch_core import num_distrib, rank_distrib
 from cifar10.errors import UserError
 
 T = TypeVar("T")
-
-
 LOST = "a lost connection to another process"
+PATIENCE = timedelta(days=1)  # for what one process does for all, like decoding all images
+NUMBERS = count()  # of the groups that this process has joined
+store: dist.Store | None = None  # of the group that this process has joined
+patient: dist.ProcessGroup | None = None  # the same processes, which wait longer for each other
 
 
 def is_distributed() -> bool:
@@ -27,17 +34,45 @@ def is_distributed() -> bool:
     return num_distrib() > 1
 
 
-def is_rank0() -> bool:
-    return rank_distrib() == 0
+def on_rank0(function: Callable[..., T]) -> Callable[..., T | None]:
+    """A decorator: rank 0 calls the function; the others do nothing and get `None`."""
+
+    @wraps(function)
+    def called(*args, **kwargs):
+        return function(*args, **kwargs) if rank_distrib() == 0 else None
+
+    return called
+
+
+def from_rank0(function: Callable[..., T]) -> Callable[..., T]:
+    """A decorator: rank 0 calls the function; all processes get what it returns, or the `UserError` that it raises."""
+
+    @wraps(function)
+    def called(*args, **kwargs):
+        if not is_distributed():
+            return function(*args, **kwargs)
+        answer: list[Any] = [None, None]
+        if rank_distrib() == 0:
+            try:
+                answer[0] = function(*args, **kwargs)
+            except UserError as mistake:
+                answer[1] = mistake.message
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+    return called
 
 
 @contextmanager
 def process_group(device: str, timeout: float) -> Iterator[None]:
-    """Join the other processes, if torchrun started several, and take this process's own GPU.
+    """Join the other processes for the block, if torchrun started several, and take this process's own GPU.
 
     `timeout` is in seconds; after it, a process that is frozen or cut off counts as lost. One that ends is noticed at
-    once. Raises `UserError` if one is lost.
+    once. Raises `UserError` if one is lost. Only rank 0 prints in the block.
     """
+    global store, patient
     if not is_distributed():
         yield
         return
@@ -49,71 +84,89 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif device in ("auto", "mps") and torch.backends.mps.is_available():
         raise UserError("several processes can't share an Apple GPU; use one process, or --device cpu")
-    limit, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    limit, backend, rank = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if cuda else "gloo", rank_distrib()
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        # After a restart, gloo would find the addresses of the processes before.
-        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world_size)
-        atexit.register(dist.destroy_process_group)  # or gloo's threads may abort the process at its end
-        with nullcontext() if is_rank0() else open(os.devnull, "w") as nowhere, redirect_stdout(nowhere or sys.stdout):
-            yield
+        # After a restart, and in a second group, gloo would find the addresses of the processes before.
+        name = f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}-{next(NUMBERS)}"
+        store = dist.PrefixStore(name, connect(limit))
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=num_distrib())
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            with (
+                nullcontext() if rank == 0 else open(os.devnull, "w") as nowhere,
+                redirect_stdout(nowhere or sys.stdout),
+            ):
+                yield
+        except BaseException:
+            is_first_to_fail()  # the others must not notice that this process has left before it says why
+            raise
+        finally:
+            dist.destroy_process_group()  # or gloo's threads may abort the process at its end
+            patient = None
+        store = None
     except RuntimeError as reason:
         if not is_lost(reason):
             raise
         raise UserError(f"stopped by {LOST}; start the training again") from None
 
 
+@cache
+def connect(limit: timedelta) -> dist.Store:
+    """The store of torchrun's processes. It is opened once, because its port can't be opened a second time."""
+    return next(dist.rendezvous("env://", timeout=limit))[0]
+
+
 def is_lost(reason: RuntimeError) -> bool:
     """Whether an exception means that another process ended, or does not answer."""
-    return is_distributed() and bool(re.search("gloo|nccl|connection|timed out|socket", str(reason), re.IGNORECASE))
+    # gloo has no exceptions of its own; its messages begin with the place in its source.
+    return is_distributed() and (isinstance(reason, dist.DistError) or "gloo/" in str(reason))
 
 
-def from_rank0(function: Callable[..., T], *args) -> T:
-    """What `function` returns in the first process, for all of them. A `UserError` there is raised in all, too."""
+def is_first_to_fail() -> bool:
+    """Whether this process is the one to report a failure: the first that fails in its group, as far as is known.
+
+    While there is no group, it is the first process of each host, because no host can know of the others.
+    """
     if not is_distributed():
-        return function(*args)
-    answer: list[Any] = [None, None]
-    if is_rank0():
-        try:
-            answer[0] = function(*args)
-        except UserError as mistake:
-            answer[1] = mistake.message
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
+        return True
+    if store is None:
+        leads = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not leads:
+            time.sleep(10)  # or torchrun would end the first process before it has printed
+        return leads
+    return claim_failure(store)
+
+
+@cache  # because the store may end with the process that claimed it
+def claim_failure(store: dist.Store) -> bool:
+    answers: list[bytes] = []
+
+    def ask():
+        with suppress(RuntimeError):
+            answers.append(store.compare_set("failed", "", str(rank_distrib())))
+
+    thread = Thread(target=ask, daemon=True)  # the host of the store may be cut off
+    thread.start()
+    thread.join(timeout=5)
+    return not answers or answers[0].decode() == str(rank_distrib())
 
 
 @contextmanager
 def local_rank0_first() -> Iterator[None]:
     """In the block, the first process of each host comes before the others, which then find the files it made.
 
-    All wait until they are made on every host, however long that takes. Raises `UserError` if one of them fails.
+    All wait until they are made on every host. If one of them fails, the others notice that it has left.
     """
-    hosts, leads = int(os.environ.get("GROUP_WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0") == "0"
-    ready = [f"ready-{host}" for host in range(hosts)]
-    store = dist.distributed_c10d._get_default_store() if is_distributed() else None
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
+    if patient and not leads:
+        dist.barrier(patient)
+    yield
+    if patient and leads:
+        dist.barrier(patient)
 
-    def wait():
-        while store and not store.check(ready):
-            if store.check(["unready"]):
-                with suppress(RuntimeError):
-                    store.wait(["failed"], timedelta(seconds=10))  # by the one that knows the reason, see `fails_first`
-                raise UserError("another process failed, see its message")
-            time.sleep(0.1)
 
-    if not leads:
-        wait()
-    try:
-        yield
-    except BaseException:
-        if store:
-            store.set("unready", "")
-        raise
-    if store and leads:
-        store.set(f"ready-{os.environ.get('GROUP_RANK', 0)}", "")
-        wait()
+def host_count() -> int:
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1)) if is_distributed() else 1
 
 
 def is_restart() -> bool:
@@ -124,6 +177,14 @@ def is_restart() -> bool:
     return any(count != "0" for count in counts)
 
 
+def launch_command(script: str) -> list[str]:
+    """The words that start a script as this process was started."""
+    if is_distributed():
+        processes = os.environ.get("LOCAL_WORLD_SIZE", str(num_distrib()))
+        return ["torchrun", "--standalone", "--nproc_per_node", processes, script]
+    return ["python" if shutil.which("python") == sys.executable else sys.executable, script]
+
+
 def launch_id() -> str | None:
     """A name of the torchrun that started this process, the same after a restart; `None` if none did."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
@@ -132,5 +193,5 @@ def launch_id() -> str | None:
 
 def check_same(value: str, what: str):
     """Raise `UserError` unless a value is the same in all processes."""
-    if value != from_rank0(lambda: value):
-        raise UserError(f"{what} of process {rank_distrib()} differs from that of the first; make them the same")
+    if value != from_rank0(lambda: value)():
+        raise UserError(f"{what} of process {rank_distrib()} differs from that of rank 0; make them the same")

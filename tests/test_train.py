@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from commandline import ROOT, command
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -228,14 +229,14 @@ def test_a_run_that_another_process_has_finished_meanwhile(shapes, tmp_path, mon
     metrics = (run.path / "metrics.json").read_bytes()
     (run.path / "metrics.json").unlink()
 
-    def finish(*args):
+    def finish(lock, *args, **kwargs):
         run.update(changed=True)
         (run.path / "metrics.json").write_bytes(metrics)
-        return get_learner(*args)
+        return acquire(lock, *args, **kwargs)
 
-    get_learner = train.get_learner
-    monkeypatch.setattr(train, "get_learner", finish)
-    monkeypatch.setattr(train, "train", lambda *args: pytest.fail("trained again"))
+    acquire = FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", finish)
+    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("trained again"))
     train.main(resume=str(run.path))
     assert Run.open(run.path).config["changed"] is True
 

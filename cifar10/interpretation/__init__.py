@@ -2,7 +2,7 @@
 
 from cifar10.interpretation.classifier import ImageClassifier
 from cifar10.interpretation.gradcam import grad_cam
-from cifar10.interpretation.page import write_html
+from cifar10.interpretation.page import report_run, write_html
 from cifar10.interpretation.plots import GRADCAM_LAYERS, plot_explained
 from cifar10.interpretation.predictions import Interpretation, tta_accuracy
 from cifar10.interpretation.report import write_report
@@ -13,6 +13,7 @@ __all__ = [
     "Interpretation",
     "grad_cam",
     "plot_explained",
+    "report_run",
     "tta_accuracy",
     "write_html",
     "write_report",

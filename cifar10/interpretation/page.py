@@ -2,15 +2,19 @@
 
 import base64
 import shlex
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fastai.vision.all import Learner
 from fastcore import xml
 
+from cifar10.data import eval_split_name
 from cifar10.files import read_csv, write
-from cifar10.interpretation.predictions import Interpretation
-from cifar10.interpretation.report import SUSPECTS, TEXTS, WHAT_SUSPECTS_MEAN, percent, statements, tables
+from cifar10.interpretation.predictions import Interpretation, tta_accuracy
+from cifar10.interpretation.report import SUSPECTS, TEXTS, WHAT_SUSPECTS_MEAN, percent, statements, tables, write_report
+from cifar10.processes import on_rank0
 from cifar10.runs.run import Run
 from cifar10.text import printable
 from cifar10.training.options import Options
@@ -116,3 +120,28 @@ def write_html(interp: Interpretation, metrics: dict[str, Any], run: Run, folder
     metas = xml.Meta(charset="utf-8"), xml.Meta(name="viewport", content="width=device-width, initial-scale=1")
     head, body = xml.Head(*metas, xml.Title(title), xml.Style(STYLE)), xml.Body(xml.Main(xml.H1(title), *parts))
     write(folder / "report.html", xml.to_xml(xml.Html(head, body, lang="en")))
+
+
+@on_rank0
+def report_run(learn: Learner, run: Run, started: float):
+    """Save the weights of a trained run, its plots and its report; metrics.json, which ends it, comes last.
+
+    `started` is when the run would have started if it had never been interrupted, in seconds.
+    """
+    run.save_weights(learn.model)
+    seconds, flop = learn.recorder.train_seconds, learn.recorder.flop  # the report starts the recorder anew
+    data, recipe = run.config["data"], run.recipe
+    images = f"{data['name']} {eval_split_name(learn.dls.train.table, run.options.valid)} images"
+    interp, metrics = write_report(learn, run.path, images)
+    metrics |= dict(
+        tta_accuracy=tta_accuracy(interp, recipe.flip),
+        epochs=recipe.epochs,
+        seconds=time.time() - started,  # without the time between an interruption and the resumption
+        seconds_training=seconds,  # without validation
+        pflop=flop / 1e15,  # of the training steps
+        images_per_second=recipe.epochs * len(learn.dls.train) * learn.dls.bs / seconds,
+    )
+    write_html(interp, metrics, run, run.path, images)
+    run.write_metrics(**metrics)
+    print(f"{data['name']}: {metrics['accuracy']:.2%} of {metrics['images']:,} images correct,"
+          f" {metrics['tta_accuracy']:.2%} with test-time augmentation. See {run.path / 'report.html'}")  # fmt: skip

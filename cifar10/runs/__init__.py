@@ -1,5 +1,6 @@
 """A run: its folder, its checkpoints, and the session that starts, resumes or restarts it."""
 
 from cifar10.runs.run import WEIGHTS, Run
+from cifar10.runs.session import Session
 
-__all__ = ["WEIGHTS", "Run"]
+__all__ = ["WEIGHTS", "Run", "Session"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cifar10.errors import CorruptFileError, UserError
 from cifar10.files import load_tensors, save_tensors
-from cifar10.processes import is_rank0
+from cifar10.processes import on_rank0
 from cifar10.runs.run import Run
 from cifar10.training.randomness import random_states, set_random_states
 
@@ -88,10 +88,9 @@ class SaveCheckpoint(Callback):
     def after_fit(self):  # also if no epoch was left to train
         self.training_run.write_history(self.learn)
 
+    @on_rank0
     def save(self):
         tensors, state = state_dict(self.learn)
-        if not is_rank0():
-            return
         state |= dict(settings=settings(self.training_run), elapsed=time.time() - self.started)
         folder = self.training_run.path / "checkpoints"
         folder.mkdir(exist_ok=True)

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +14,14 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from fastai.vision.all import Learner, Normalize, default_device, get_model, num_distrib
+from fastai.vision.all import Learner, Normalize, default_device, get_model
 from filelock import FileLock, Timeout
 from torch import nn
 
 from cifar10.errors import Stopped, UserError, WriteError
 from cifar10.files import load_tensors, save_tensors, write_csv, write_json
 from cifar10.hardware import collect_env
-from cifar10.processes import LOST, is_distributed, is_lost, is_rank0, launch_id
+from cifar10.processes import LOST, from_rank0, host_count, is_distributed, is_lost, launch_command, launch_id, on_rank0
 from cifar10.training.options import Options
 from cifar10.training.recipes import Recipe
 
@@ -97,16 +96,16 @@ class Run:
         """What metrics.json says, which a finished run has."""
         return json.loads((self.path / "metrics.json").read_text(encoding="utf-8")) if self.is_finished else {}
 
-    def check_options(self, given: dict[str, Any]) -> Options:
-        """The options to resume with. Raises `UserError` if one of the `given` ones would change the result."""
-        given = {name: value for name, value in given.items() if value != "auto"}  # which makes no demand
-        typed = {name: value for name, value in vars(self.options).items() if value is not None}
-        known = asdict(self.recipe) | typed | {"name": self.path.name}
-        for name, value in given.items():
+    def check_options(self, typed: dict[str, Any]) -> Options:
+        """The options to resume with. Raises `UserError` if one of the `typed` ones would change the result."""
+        typed = {name: value for name, value in typed.items() if value != "auto"}  # which makes no demand
+        started_with = {name: value for name, value in vars(self.options).items() if value is not None}
+        known = asdict(self.recipe) | started_with | {"name": self.path.name}
+        for name, value in typed.items():
             if name not in ("data", "resume", "runs_dir", "timeout") and value != known.get(name):
                 was = f"with {name}={known[name]}" if name in known else "without it"
                 raise UserError(f"can't change --{name} on resume: this run was started {was}")
-        return replace(self.options, **{name: given[name] for name in ("data", "timeout") if name in given})
+        return replace(self.options, **{name: typed[name] for name in ("data", "timeout") if name in typed})
 
     def check_data(self, learn: Learner):
         """Raise `UserError` unless the Learner has the images that the run was started with."""
@@ -119,16 +118,7 @@ class Run:
         """Lock the folder, and say how to resume if this process is interrupted. Raises `UserError` if it is locked."""
         lock = FileLock(self.path / ".lock", mode=0o666)
         try:
-            if is_rank0():
-                lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.path} is locked by another process; wait until it ends, or stop it") from None
-        except OSError as reason:
-            if reason.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
-                raise
-        try:
-            for part in self.path.rglob(".*.part") if is_rank0() else []:  # of a process killed while it was writing
-                part.unlink()
+            self.acquire(lock)
             yield
         except (KeyboardInterrupt, BrokenPipeError) as stopped:
             default = "a closed pipe" if isinstance(stopped, BrokenPipeError) else "Ctrl-C"
@@ -144,29 +134,36 @@ class Run:
         finally:
             lock.release()
 
+    @from_rank0
+    def acquire(self, lock: FileLock):
+        """Acquire the lock, and remove what a process left that was killed while it was writing."""
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.path} is locked by another process; wait until it ends, or stop it") from None
+        except OSError as reason:
+            if reason.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+        for part in self.path.rglob(".*.part"):
+            part.unlink()
+
     def resume_command(self, script: str = "") -> str:
         """What to type to resume this run."""
-        if is_distributed() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-            return f"the same command on each host, with {shlex.join(['--resume', str(self.path)])} in place of --name"
-        if is_distributed():
-            count = os.environ.get("LOCAL_WORLD_SIZE", str(num_distrib()))
-            python = ["torchrun", "--standalone", "--nproc_per_node", count]
-        else:
-            python = ["python" if shutil.which("python") == sys.executable else sys.executable]
+        resume = ["--resume", str(self.path)]
+        if host_count() > 1:
+            return f"the same command on each host, with {shlex.join(resume)} in place of --name"
         # The processes join before they read the run, on the fastest device.
         device = ["--device", "cpu"] if is_distributed() and self.options.device != default_device().type else []
-        return shlex.join([*python, script or sys.argv[0], "--resume", str(self.path), *device])
+        return shlex.join([*launch_command(script or sys.argv[0]), *resume, *device])
 
     def update(self, **values):
         """Add or replace entries of config.json."""
         self.config |= values
-        if is_rank0():
-            write_json(self.path / "config.json", self.config)
+        on_rank0(write_json)(self.path / "config.json", self.config)
 
+    @on_rank0
     def write_history(self, learn: Learner):
         """history.csv, a row per epoch, and batches.csv, a row per step."""
-        if not is_rank0():
-            return
         recorder, steps = learn.recorder, len(learn.dls.train)
         epochs = enumerate(zip(recorder.values, recorder.extra, recorder.seconds), start=1)
         rows = [

@@ -1,12 +1,145 @@
-"""Experiment trackers, through fastai's own callbacks: TensorBoard, Weights & Biases."""
+"""A session: what one start of train.py does, be it a new run, or one that is resumed or restarted."""
 
 import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from fastai.callback.core import Callback
+from fastai.torch_core import num_distrib, set_seed
+from fastai.vision.all import Learner
 
 from cifar10.cli import import_extra
+from cifar10.data import ImageTable, describe
 from cifar10.errors import UserError
-from cifar10.runs.run import Run
+from cifar10.files import write
+from cifar10.processes import (
+    check_same,
+    from_rank0,
+    is_restart,
+    launch_id,
+    local_rank0_first,
+    on_rank0,
+    process_group,
+)
+from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
+from cifar10.runs.run import Run, check_folder, home_relative
+from cifar10.training import Options, Recipe, StopAtNaN, TimeEstimate
+
+
+class Session:
+    """One start of train.py, in all processes together.
+
+    `options` are those of the run. `recipe` is set by `open_images`, and has learning rates as far as they are known.
+    `run` is the run's folder: from the start if it `is_resumed`, from `open_run` on if it is new. `started` is when it
+    would have started without interruptions. `checkpoint` is what it resumes from, after `start_epoch` epochs.
+    """
+
+    recipe: Recipe
+    run: Run
+    is_resumed = False
+    checkpoint: Any = None
+    start_epoch = 0
+
+    def __init__(self, options: Options, resources: ExitStack):
+        self.options, self.resources, self.started = options, resources, time.time()
+
+    @classmethod
+    @contextmanager
+    def start(cls, typed: dict[str, Any]) -> Iterator["Session"]:
+        """Join the processes, and open and lock the run that is resumed; `typed` are the options by name.
+
+        Raises `UserError` for options that make no sense, or that a run can't be resumed with.
+        """
+        options = Options(**typed)
+        with process_group(options.device, options.timeout), ExitStack() as resources:
+            session = cls(options, resources)
+            resume = options.resume or session.find_restarted()
+            if resume is not None:
+                session.resume(resume, typed)
+            else:
+                from_rank0(check_folder)(Path(options.runs_dir), options.name)
+            set_seed(session.options.seed, reproducible=True)
+            yield session
+
+    def find_restarted(self) -> str | None:
+        """The folder of the run that torchrun started, and now starts again because a process was lost."""
+        if not self.options.name or not is_restart():
+            return None
+        path = Path(self.options.runs_dir, self.options.name)
+        return from_rank0(lambda: str(path) if started_by_this_torchrun(path) else None)()
+
+    def resume(self, path: str, typed: dict[str, Any]):
+        run = from_rank0(Run.open)(path, self.options.runs_dir)
+        self.options = run.check_options(typed)
+        self.resources.enter_context(run.lock())
+        self.is_resumed = True
+        self.run = from_rank0(Run.open)(run.path)  # again, because another process may have trained it before the lock
+        if self.is_finished:
+            print(f"{run.path} is finished; there is nothing to resume")
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_resumed and from_rank0(lambda: self.run.is_finished)()
+
+    def open_images(self) -> ImageTable:
+        """The images that the options name, decoded once on each host; they decide about the recipe's defaults."""
+        options = self.options
+        with local_rank0_first():
+            images = ImageTable.open(options.data, options.skip_broken, options.size, options.valid_pct)
+        check_same(images.hash, "the data set")
+        self.recipe = self.run.recipe if self.is_resumed else options.resolve(images)
+        return images
+
+    def open_run(self, learn: Learner) -> Run:
+        """The locked folder of the run, which is made if it is new, and compared with the Learner if it is not.
+
+        Until the session ends, an interruption says how to resume it.
+        """
+        options, images = self.options, learn.dls.train.table
+        check_same(repr([self.recipe, learn.precision, options.norm, options.width]), "an option or the precision")
+        if self.is_resumed:
+            self.run.check_data(learn)
+        else:
+            self.run = from_rank0(Run.create)(options, self.recipe, learn)
+            self.resources.enter_context(self.run.lock())
+        run = self.run
+        run.config["options"]["data"] = home_relative(images.data)  # where they are now
+        run.update()
+        print(f"{describe(learn.dls)}; {run.path}")
+        self.checkpoint = from_rank0(last_checkpoint)(run)
+        if self.checkpoint:
+            self.continue_from_checkpoint(run)
+        else:
+            on_rank0(write)(run.path / "summary.txt", f"{learn.summary()}\n")  # all processes: fastai gathers
+        learn.add_cb(TimeEstimate(self.recipe, self.start_epoch))
+        return run
+
+    def continue_from_checkpoint(self, run: Run):
+        _, state = self.checkpoint
+        self.recipe = replace(self.recipe, lr_min=run.config["lr_min"], lr_max=run.config["lr_max"])
+        self.start_epoch, self.started = state["epochs"], self.started - state["elapsed"]
+        print(f"Resuming after epoch {self.start_epoch} of {self.recipe.epochs}")
+        before, now = run.config["hardware"].get("processes", 1), max(1, num_distrib())
+        if before != now:
+            print(f"Started with {before} and resumed with {now} processes: the result is the same only up to rounding")
+
+    def set_lrs(self, recipe: Recipe):
+        """Go on with the recipe whose learning rates are chosen, and note them in the run's config."""
+        self.recipe = recipe
+        self.run.update(lr_min=recipe.lr_min, lr_max=recipe.lr_max)
+
+    def callbacks(self) -> list[Callback]:
+        """What watches and records the training of the run."""
+        trackers = on_rank0(tracker_callbacks)(self.run) or []
+        return [StopAtNaN(), SaveCheckpoint(self.run, self.started, self.checkpoint), *trackers]
+
+
+def started_by_this_torchrun(path: Path) -> bool:
+    return (path / "config.json").is_file() and Run.open(path).config.get("launch") == launch_id()
 
 
 def tracker_callbacks(run: Run) -> list[Callback]:

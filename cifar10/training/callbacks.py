@@ -13,6 +13,7 @@ from fastprogress.fastprogress import format_time
 from torch import Tensor
 
 from cifar10.errors import UserError
+from cifar10.training.lr_finder import SWEEP
 from cifar10.training.recipes import Recipe
 
 SYNC_EVERY = 50  # steps on a GPU: reading a number makes the host wait until the GPU is done
@@ -165,13 +166,14 @@ class StopAtNaN(Callback):
 
 
 class TimeEstimate(Callback):
-    """After the first steps, print how long the rest takes: the LR finder's `sweep` steps and all but `done` epochs."""
+    """After the first steps, print how long the rest takes: the LR finder, and the epochs from `start_epoch` on."""
 
     order, run_valid = ProgressCallback.order + 1, False  # the progress bar must exist to print above it
     SKIP, MEASURE = 2, 6  # steps: the first ones include one-time set-up
 
-    def __init__(self, recipe: Recipe, done: int = 0, sweep: int = 0):
-        self.recipe, self.done, self.sweep, self.steps = recipe, done, sweep, 0
+    def __init__(self, recipe: Recipe, start_epoch: int = 0):
+        self.recipe, self.done, self.steps = recipe, start_epoch, 0
+        self.sweep = SWEEP["num_it"] if recipe.lr_max is None else 0
 
     def after_batch(self):
         self.steps += 1

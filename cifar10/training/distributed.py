@@ -37,7 +37,7 @@ class Distributed(Callback):
         if (bs := self.dls.train.bs) < num_distrib():
             raise UserError(f"batch_size is {bs}, below the {num_distrib()} processes; use fewer of them")
         self.loaders = self.dls.loaders
-        set_random_states(self.dls, from_rank0(random_states, self.dls))
+        set_random_states(self.dls, from_rank0(random_states)(self.dls))
         for loader in self.loaders:
             loader.share = slice(rank_distrib(), None, num_distrib())
         self.norms = [module for module in self.model.modules() if type(module) is nn.BatchNorm2d]

@@ -4,6 +4,7 @@ import torch
 from fastai import learner
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, accuracy
 from torch import nn
 
@@ -60,6 +61,17 @@ class Learner(learner.Learner):
                     cb.after_fit()
                 self.opt.zero_grad()
             raise
+
+    def fit_one_cycle(
+        self, n_epoch, lr_max=None, div=25.0, div_final=1e5, pct_start=0.25, anneal_strategy="cos", **kwargs
+    ):
+        """fastai's, also with straight lines in place of cosines: `anneal_strategy="linear"`, as PyTorch calls it."""
+        if anneal_strategy == "cos":
+            return super().fit_one_cycle(n_epoch, lr_max, div, div_final, pct_start, **kwargs)
+        lr_max = self.lr if lr_max is None else lr_max
+        rise, fall = SchedLin(lr_max / div, lr_max), SchedLin(lr_max, lr_max / div_final)
+        cycle = ParamScheduler({"lr": combine_scheds([pct_start, 1 - pct_start], [rise, fall])})
+        self.fit(n_epoch, lr_max, cbs=[cycle, *L(kwargs.pop("cbs", None))], **kwargs)
 
     def one_batch(self, i, b):
         device = torch.device(self.dls.device).type

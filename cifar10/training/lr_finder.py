@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from matplotlib import pyplot as plt
 from scipy.ndimage import uniform_filter1d
 
 from cifar10.errors import UserError
+from cifar10.files import save_figure, write_csv
+from cifar10.processes import on_rank0
 
 SWEEP = dict(start_lr=1e-3, end_lr=3.0, num_it=50)  # from where nothing happens yet to where every model diverges
 SMOOTHING = 5  # steps in the moving average, two on either side
@@ -26,6 +29,13 @@ class LRCurve(NamedTuple):
     lr_min: float
     lr_max: float
     suggestions: dict[str, float]  # of fastai's functions, on the smoothed curve before any blow-up
+
+    @on_rank0
+    def save(self, folder: Path):
+        """Write lr_find.csv and lr_find.png into the folder of a run."""
+        write_csv(folder / "lr_find.csv", ["lr", "loss"], zip(self.lrs, self.losses, strict=True))
+        plot_lr_curve(self)
+        save_figure(folder / "lr_find.png")
 
 
 def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, dict[str, float]]:
@@ -73,6 +83,7 @@ class InMemoryLRFinder(LRFinder):
 
 def find_lrs(learn: Learner) -> LRCurve:
     """Sweep as fastai's `lr_find` does, over `SWEEP`; the model keeps its weights. Raises like `suggest_lrs`."""
+    print(f"LR finder: {SWEEP['num_it']} steps, learning rate {SWEEP['start_lr']:g} → {SWEEP['end_lr']:g}")
     with learn.no_logging():
         learn.fit(1 + SWEEP["num_it"] // len(learn.dls.train), cbs=InMemoryLRFinder(**SWEEP))
     lrs, losses = [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()

@@ -22,7 +22,9 @@ class Options:
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
     valid_pct: float | None = None  # part of train to hold out (default: 0.1; 0.2 for a folder without splits)
-    weighted: bool = False  # draw the training images of all classes equally often
+    weighted: Annotated[bool | None, YES_NO] = (
+        None  # draw the training images of all classes equally often (default: no)
+    )
     skip_broken: bool = False  # leave out images that can't be read, and train on the rest
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, scaled with epochs)

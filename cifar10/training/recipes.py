@@ -143,6 +143,14 @@ class Recipe:
             changes.setdefault("batch_size", max(1, min(64, train_images)))
         return replace(self, **changes)
 
+    def describe_cycle(self) -> str:
+        """The cycle, once its learning rates are known: `5 epochs, learning rate 0.1 → 0.5 at epoch 1 → 0`."""
+        epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        end = 0 if self.annihilate else self.lr_min
+        return (
+            f"{epochs}, learning rate {self.lr_min:.2g} → {self.lr_max:.2g} at epoch {self.peak_epoch:.3g} → {end:.2g}"
+        )
+
     def side(self, done: float) -> int:
         """Side in pixels of a training image after this part of the training, from 0 to 1."""
         return next((side for side, until in self.sizes if done < until), self.sizes[-1][0])

@@ -56,12 +56,12 @@ def test_images_grow_and_validation_sees_full_size_ones(dls, recipe, capsys):
 
 @pytest.mark.parametrize(("recipe", "done", "work"), [("assignment", 0, 6), ("assignment", 2, 4), ("fast", 0, 9)])
 def test_the_time_estimate_is_given_once_and_right(dls, monkeypatch, recipe, done, work):
-    """By a clock on which a step takes a second: 10 steps of the sweep, `work` epochs of 12, validation of 4 thirds."""
+    """By a clock on which a step takes a second: 50 of the LR finder, `work` epochs of 12, validation of 4 thirds."""
     dls = get_dls(dls.train.table.folder, batch_size=4)
     recipe = replace(RECIPES[recipe], epochs=6, peak_epoch=1)
     learn = get_learner(dls, recipe, width=2, precision="fp32")
     learn.remove_cb(ProgressCallback)
-    learn.add_cb(estimate := TimeEstimate(recipe, done, sweep=10))
+    learn.add_cb(estimate := TimeEstimate(recipe, done))
     estimates = []
     estimate.report = lambda step, epochs, seconds: estimates.append((step, epochs, seconds))
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: float(estimate.steps))
@@ -69,12 +69,13 @@ def test_the_time_estimate_is_given_once_and_right(dls, monkeypatch, recipe, don
         learn.fit_one_cycle(6 - done, 0.01)
     full_size = (32 / recipe.side(0)) ** 2 / 3
     validation = 4 * full_size * (6 - done if recipe.validate == "each" else 1)
-    assert estimates == [(1, 6 - done, pytest.approx(10 + 12 * work + validation, rel=1e-3))]
+    sweep = 50 if recipe.lr_max is None else 0
+    assert estimates == [(1, 6 - done, pytest.approx(sweep + 12 * work + validation, rel=1e-3))]
 
 
 @pytest.mark.parametrize(("epochs", "seconds", "short"), [(24, 7200, 4), (24, 3000, None), (1, 7200, None)])
 def test_a_long_time_on_a_cpu_comes_with_a_short_command(dls, capsys, epochs, seconds, short):
-    estimate = TimeEstimate(ASSIGNMENT, sweep=50)
+    estimate = TimeEstimate(ASSIGNMENT)
     estimate.learn = small(dls)
     estimate.learn.remove_cb(ProgressCallback)
     estimate.report(step=3.0, epochs=epochs, seconds=seconds)

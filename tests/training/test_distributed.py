@@ -17,8 +17,11 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 
+import train
+from cifar10 import cli
 from cifar10.errors import UserError
-from cifar10.processes import process_group
+from cifar10.processes import is_lost, process_group
+from cifar10.training import Options
 
 OPTIONS = ["--data", "digits", "--width", 8, "--epochs", 3, "--peak_epoch", 1, "--lr_max", 0.1, "--precision", "fp32"]
 OPTIONS += ["--name", "run", "--timeout", 60]
@@ -102,6 +105,13 @@ def test_each_image_is_seen_once(found, kind, processes):
         assert len({len(part) for part in split}) == 2  # the last image is seen by one process only
 
 
+def test_rank_0_of_a_host_comes_first_in_every_block(found):
+    """And in a second group of the same processes; none is left when its block ends."""
+    for processes in (2, 3):
+        for part in found[processes]:
+            assert part["blocks"] == ["0", "1", "2"] and part["groups"] == 3 and part["left"]
+
+
 def test_whole_batches_are_augmented_after_the_training(found):
     assert {part["layer"]["augmented"] for parts in found.values() for part in parts} == {5}
 
@@ -160,7 +170,7 @@ def test_a_mistake_is_told_once(tmp_path, digits, words, answer):
 
 @pytest.mark.parametrize("words, answer", [
     (["--data", "nowhere"], "error: there is no nowhere; "),
-    (["--l1", 0.1], "error: an option or the precision of process 1 differs from that of the first; "),
+    (["--l1", 0.1], "error: an option or the precision of process 1 differs from that of rank 0; "),
 ])  # fmt: skip
 def test_a_mistake_on_one_host_ends_all(tmp_path, digits, words, answer):
     with socket.socket() as free:
@@ -197,6 +207,43 @@ def test_processes_without_a_gpu_of_their_own_are_refused(monkeypatch, gpus, app
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
     with pytest.raises(UserError, match=answer), process_group("auto", timeout=5):
         pass
+
+
+@pytest.mark.parametrize("error, lost", [
+    (torch.distributed.DistNetworkError("the client socket has timed out"), True),
+    (torch.distributed.DistBackendError("NCCL error"), True),
+    (torch.distributed.DistStoreError("wait timeout"), True),
+    (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+    (RuntimeError("the connection to the tracker timed out"), False),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+])  # fmt: skip
+def test_what_counts_as_a_lost_process(monkeypatch, error, lost):
+    assert not is_lost(error)  # of a single process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert is_lost(error) == lost
+
+
+@pytest.mark.parametrize("rank, local_rank, told", [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)])
+@pytest.mark.parametrize("words, answer", [
+    (["--nosuch"], "train.py: error: there is no option --nosuch; see --help"),
+    (["--epochs", "0"], "error: epochs is 0; it must be at least 1"),
+    (["--device", "cuda"], "error: there are 2 processes and 1 GPU; start one for each GPU"),
+])  # fmt: skip
+def test_before_the_hosts_have_joined_each_says_what_is_wrong(
+    monkeypatch, capsys, rank, local_rank, told, words, answer
+):
+    about = dict(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2)
+    for name, value in about.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **_: None, raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the first process of a host has had the time to print
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(train.main, Options, distributed=True)
+    assert ended.value.code == 2 and capsys.readouterr().err == f"{answer}\n" * told
 
 
 def test_other_scripts_run_in_one_process(tmp_path):

@@ -1,13 +1,13 @@
 """Options: checked once, for the command line and for config.json alike; and what they make of a recipe."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import pytest
 
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
 from cifar10.training.options import Options
-from cifar10.training.recipes import ASSIGNMENT, FAST
+from cifar10.training.recipes import ASSIGNMENT, FAST, RECIPES, Recipe
 from model import NORMS
 from train import get_dls
 
@@ -69,3 +69,18 @@ def test_data_sets_have_defaults_of_their_own(digits):
     recipe = Options().resolve(images)
     assert (recipe.epochs, recipe.flip, recipe.batch_size) == (6, False, 64) and recipe.peak_epoch == 5 / 4
     assert Options(flip=True).resolve(images).flip and not Options(flip=False).resolve(images).flip
+
+
+def test_no_default_of_an_option_hides_the_recipe(monkeypatch, dls):
+    """Each field of a recipe that is an option, too, keeps the recipe's value unless it is typed."""
+    shared = {field.name for field in fields(Options)} & {field.name for field in fields(Recipe)} - {"name"}
+    assert {"weighted", "flip", "annihilate", "clip", "l1", "epochs", "lr_max"} <= shared
+    others = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value / 2}
+    changed = {name: others[type(value)](value) for name, value in vars(FAST).items() if name in shared}
+    changed |= dict(lr_max=0.3, lr_min=0.2, batch_size=7)
+    monkeypatch.setitem(RECIPES, "fast", replace(FAST, **changed))
+    resolved = Options(recipe="fast").resolve(dls.train.table)
+    assert {name: getattr(resolved, name) for name in changed} == changed | dict(batch_size=48)  # of a small data set
+    typed = {name: getattr(FAST, name) for name in shared}
+    resolved = Options(recipe="fast", **typed).resolve(dls.train.table)
+    assert {name: getattr(resolved, name) for name in typed} == typed
