@@ -32,13 +32,15 @@ def main(
     finished.load_weights(model)
     place = dict(skip_broken=skip_broken or options.skip_broken, size=finished.size, valid_pct=options.valid_pct)
     images = ImageTable.open(data or options.data, **place)
-    settings = dict(bs=recipe.batch_size, valid=options.valid, stats=(finished.mean, finished.std))
+    settings = dict(bs=recipe.batch_size, valid=options.valid, weighted=recipe.weighted)
+    settings |= dict(stats=(finished.mean, finished.std))
     own = not split and (not data or images.hash == finished.sha256)
     if own:
         folder, about = Path(out or finished.path), f"{images.name} {eval_split_name(images, options.valid)} images"
     else:
         if images.ranges and images.ranges != finished.ranges:
-            images = ImageTable.open(data or options.data, **place, ranges=finished.ranges)  # as the model knows them
+            place |= dict(fixed_ranges=finished.ranges)  # as the model knows them
+            images = ImageTable.open(data or options.data, **place)
         split = split or ("all" if images.flat else images.split_names[-1])
         folder, about = Path(out or finished.path / f"{images.name}-{split}"), f"{images.name} images ({split})"
         settings |= dict(only=split, classes=finished.classes)

@@ -6,11 +6,12 @@ import io
 import json
 import os
 import shutil
-import tempfile
+import time
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import pandas as pd
@@ -24,38 +25,64 @@ from cifar10.errors import CorruptFileError, UserError, WriteError
 
 
 def output_file(path: str) -> str:
-    """The type of an option for a file to write: whether it can be is told before the work, not after."""
+    """The type of an option for a file to write, which is checked before the work starts."""
     missing = 0 if Path(path).parent.is_dir() else errno.ENOENT
     if number := errno.EISDIR if Path(path).is_dir() else missing:
         raise ArgumentTypeError(WriteError(Path(path), OSError(number, os.strerror(number))))
     return path
 
 
+LEFTOVERS = ".*.part"  # pattern of the temporary folders
 OutputFile = Annotated[str | None, {"type": output_file}]
 
 
-def write(path: Path, content: str | bytes):
-    """Write `path` atomically: whatever happens, it has the old content or the new. Raises `WriteError`."""
-    # A file name in the content may hold bytes that are not UTF-8.
-    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    target = Path(os.path.realpath(path))  # a link stays
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a new file or folder, which becomes `path` when the block succeeds and is removed when it fails.
+
+    Whatever happens, `path` is the old one or the new one, and whole; a folder that is there already stays. The place
+    is in a temporary folder beside `path`, with a random name: in two containers, process ids may be the same. Raises
+    `WriteError`.
+    """
     try:
-        other = path.exists() and not path.is_file() and not path.is_dir()  # a pipe or a device
-        if other or str(path).startswith(("/dev/std", "/dev/fd/")):
-            with path.open("ab") as file:
-                file.write(content)
-            return
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        target = Path(os.path.realpath(path))  # a link stays
+        with TemporaryDirectory(prefix=".", suffix=".part", dir=target.parent, ignore_cleanup_errors=True) as temporary:
+            new = Path(temporary, target.name)
+            yield new
+            if new.is_file():
+                with new.open("r+b") as file:
+                    os.fsync(file.fileno())
+            try:
+                new.replace(target)
+            except OSError:
+                if not (new.is_dir() and target.is_dir()):  # otherwise another process has made it in the meantime
+                    raise
     except OSError as reason:
         raise WriteError(path, reason) from None
-    finally:
-        with suppress(OSError):  # the disk may refuse this, too
-            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(parts: Iterable[Path], age: float = 0):
+    """Remove `LEFTOVERS` of killed processes, if nothing was written to them for `age` seconds."""
+    for part in parts:
+        with suppress(OSError):  # another process may remove it, too
+            if time.time() - max(path.stat().st_mtime for path in (part, *part.rglob("*"))) >= age:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def write(path: Path, content: str | bytes):
+    """Write `path` as a whole or not at all. Raises `WriteError`."""
+    # A file name in the content may hold bytes that are not UTF-8.
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    other = path.exists() and not path.is_file() and not path.is_dir()  # a pipe or a device
+    if other or str(path).startswith(("/dev/std", "/dev/fd/")):
+        try:
+            with path.open("ab") as file:
+                file.write(content)
+        except OSError as reason:
+            raise WriteError(path, reason) from None
+    else:
+        with replacing(path) as new:
+            new.write_bytes(content)
 
 
 def write_json(path: Path, value):
@@ -75,27 +102,6 @@ def read_csv(path: Path) -> dict[str, list[float]]:
     except (OSError, ValueError) as reason:
         raise UserError(f"{path} can't be read as a table of numbers ({reason}); resume or repeat the run") from None
     return table.to_dict("list")
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `folder` when the block succeeds, and removed when it fails."""
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        yield temporary
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process has made it in the meantime
-                raise
-    except OSError as reason:
-        raise WriteError(folder, reason) from None
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def checksum(tensors: dict[str, Tensor], state: str) -> str:

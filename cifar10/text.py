@@ -8,10 +8,13 @@ def printable(item) -> str:
     return str(item) if str(item).isprintable() else repr(str(item))[1:-1]
 
 
-MAX_NAMES = 20  # in a message
+def plural(count: int, noun: str) -> str:
+    """`1 image`, `2,000 images`, `2 classes`."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
 
 
-def enumerate_names(names: Iterable[str]) -> str:
+def enumerate_names(names: Iterable[str], separator: str = ", ", most: int = 20) -> str:
     """The first names, and how many more there are."""
     names = list(map(printable, names))
-    return ", ".join(names[:MAX_NAMES]) + f" and {len(names) - MAX_NAMES:,} more" * (len(names) > MAX_NAMES)
+    return separator.join(names[:most]) + f" and {len(names) - most:,} more" * (len(names) > most)

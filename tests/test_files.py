@@ -1,20 +1,32 @@
 """Atomic writes and tables."""
 
 import os
+import random
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 from commandline import ROOT
 
 from cifar10.cli import parse
 from cifar10.errors import UserError
-from cifar10.files import read_csv, write, write_csv
+from cifar10.files import (
+    LEFTOVERS,
+    read_csv,
+    remove_leftovers,
+    replacing,
+    save_tensors,
+    write,
+    write_csv,
+    write_json,
+)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -23,6 +35,68 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def write_image_folder(folder: Path, content: str):
+    with replacing(folder) as new:
+        new.mkdir()
+        (new / "a.txt").write_text(content)
+
+
+WRITERS = {
+    "text": write,
+    "json": write_json,
+    "table": lambda path, content: write_csv(path, ["column"], [[content]]),
+    "tensors": lambda path, content: save_tensors(path, {"x": torch.zeros(3)}, content=content),
+    "folder": write_image_folder,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_processes_with_the_same_id_write_to_places_of_their_own(tmp_path, monkeypatch, writer):
+    """As in two containers: while one is about to finish, another one writes the same file, and neither is mixed."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    random.seed(0)
+    path, replace, seen = tmp_path / "file", Path.replace, []
+
+    def meanwhile(new, target):
+        if len(seen) < 2:
+            seen.append(new)
+            random.seed(0)  # names must not depend on the seed of a training either
+            WRITERS[writer](path, "other" * 1000)
+        return replace(new, target)
+
+    monkeypatch.setattr(Path, "replace", meanwhile)
+    WRITERS[writer](path, "first")
+    content = (path / "a.txt" if writer == "folder" else path).read_bytes()
+    # The last one to finish is the first that began; a folder that is there stays.
+    assert (b"first" in content) == (writer != "folder") and (b"other" in content) == (writer == "folder")
+    assert len({*seen}) == 2 and [*tmp_path.iterdir()] == [path]
+
+
+def test_permissions_are_those_of_other_new_files(tmp_path):
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "plain_folder").mkdir()
+    write(tmp_path / "file", "")
+    write_image_folder(tmp_path / "folder", "")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain_folder").stat().st_mode
+
+
+def test_leftovers_are_removed_unless_somebody_may_still_write_them(tmp_path):
+    long_ago = time.time() - 10_000
+    for name in (".old.part", ".new.part", "old.part", ".old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half of it")
+        os.utime(tmp_path / name, (long_ago, long_ago))
+        if "old" in name:
+            os.utime(tmp_path / name / "file", (long_ago, long_ago))
+    (tmp_path / ".name.1.part").write_text("of an earlier version")
+    os.utime(tmp_path / ".name.1.part", (long_ago, long_ago))
+    remove_leftovers(tmp_path.glob(LEFTOVERS), 9_000)
+    assert {path.name for path in tmp_path.iterdir()} == {".new.part", "old.part", ".old"}
+    remove_leftovers(tmp_path.glob(LEFTOVERS))
+    assert {path.name for path in tmp_path.iterdir()} == {"old.part", ".old"}
 
 
 def test_a_pipe_is_written_to_and_a_link_stays(tmp_path):

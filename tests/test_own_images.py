@@ -16,7 +16,6 @@ from PIL import Image
 
 from cifar10.data import cache as pixels
 from cifar10.data import sources
-from cifar10.data import table as images
 from cifar10.data.cache import PixelFile
 from cifar10.data.loaders import describe
 from cifar10.data.table import ImageTable
@@ -210,9 +209,9 @@ def test_images_of_many_bits_are_decoded_in_groups(tmp_path, monkeypatch):
     folder = make_images(tmp_path / "images", train=10, test=4)
     for file in folder.rglob("*.png"):
         Image.fromarray(np.asarray(Image.open(file).convert("L")).astype(np.uint16) * 4).save(file)
-    whole, sizes, decode = ImageTable(folder), [], images.decode_files
+    whole, sizes, decode = ImageTable(folder), [], pixels.decode_files
     monkeypatch.setattr(pixels, "AT_ONCE", 5 * 3 * 32 * 32)
-    monkeypatch.setattr(images, "decode_files", lambda files, *args: sizes.append(len(files)) or decode(files, *args))
+    monkeypatch.setattr(pixels, "decode_files", lambda files, *args: sizes.append(len(files)) or decode(files, *args))
     whole.cache.unlink()
     assert ImageTable(folder).hash == whole.hash and max(sizes) == 5 and sum(sizes) == 2 * 28
 
@@ -261,11 +260,28 @@ def test_imbalance_is_told(tmp_path, capsys):
     folder = make_images(tmp_path / "images", train=41)
     for file in sorted((folder / "train/ring").iterdir())[4:]:
         file.unlink()
-    ImageTable(folder)
-    assert "cross has 41 training images and ring 4" in capsys.readouterr().out
+    get_dls(folder, batch_size=8)
+    told = "images: cross has 41 training images and ring 4: look at the accuracy per class, and consider --weighted\n"
+    assert told in capsys.readouterr().out
+    get_dls(folder, batch_size=8, weighted=True)
+    assert "images and ring 4: look at the accuracy per class\n" in capsys.readouterr().out
     (folder / "train/cross/0.png").unlink()
-    ImageTable(folder)
+    get_dls(folder, batch_size=8)
     assert "training images and" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_imbalance_is_told_of_the_images_after_the_hold_out(tmp_path, weighted, capsys):
+    """Also the classes of which none is held out."""
+    flat = make_images(tmp_path / "images", train=30) / "train"
+    for file in sorted((flat / "ring").iterdir())[2:]:
+        file.unlink()
+    dls = get_dls(flat, batch_size=8, weighted=weighted)
+    counts = Counter(dls.vocab[label] for label in dls.train.targets[0])
+    said = capsys.readouterr().out
+    assert f"cross has {counts['cross']} training images and ring {counts['ring']}: look" in said
+    assert ("consider --weighted" in said) == (not weighted)
+    assert ("there are no held-out images of ring, so they can't be evaluated" in said) == (counts["ring"] == 2)
 
 
 def test_the_ranges_of_another_data_set(tmp_path):
@@ -275,6 +291,6 @@ def test_the_ranges_of_another_data_set(tmp_path):
         values = np.asarray(Image.open(file).convert("L")).astype(np.uint16) * 4
         Image.fromarray(values).save(file)
     own = ImageTable(folder)
-    given = ImageTable(folder, ranges={"integer": (0, 4095)})
+    given = ImageTable(folder, fixed_ranges={"integer": (0, 4095)})
     assert own.ranges == {"integer": (0, 1023)} and given.ranges == {"integer": (0, 4095)}
     torch.testing.assert_close(given.pixels.float() * 4095 / 1023, own.pixels.float(), atol=4, rtol=0)

@@ -1,32 +1,39 @@
-"""The cache of decoded images: a file of uint8 pixels, which may be larger than the memory, and its state in JSON."""
+"""The cache of decoded images: a file of uint8 pixels, which may be larger than memory, and its state in JSON."""
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from fastai.vision.all import chunked
 from torch import Tensor
 
-from cifar10.errors import WriteError
-from cifar10.files import write_json
+from cifar10.data.decode import Decoded, ValueRanges, decode_files, full_range
+from cifar10.data.listing import Item, Listing
+from cifar10.data.sources import fastai_home, short_hash, short_name
+from cifar10.files import replacing, write_json
 
-IN_MEMORY = 2**30  # bytes; larger sets of images stay on the disk
+IN_MEMORY = 2**30  # bytes; larger sets of images stay on disk
 AT_ONCE = 2**27  # bytes to read or decode in one go
+DECODER = 4  # raise it when decode.py makes other pixels of a file, or when the state changes
 
 
 class PixelFile:
-    """Images uint8 `(N, 3, size, size)` on the disk, indexed like a tensor.
+    """Images uint8 `(N, 3, size, size)` on disk, indexed like a tensor.
 
-    Each access maps the file anew, so that what was read before does not count as memory of this process. Once `load`
-    has opened it, another process may replace the file at its path by that of other images.
+    The file stays open, so that the pixels remain the same when another process replaces it. Each access maps it anew,
+    so that what was read before does not count as memory of this process.
     """
 
-    def __init__(self, path: Path, count: int, size: int):
-        self.path, self.shape = path, (count, 3, size, size)
-        self.file: Any = path
+    def __init__(self, path: Path, size: int):
+        self.path, self.file = path, path.open("rb")
+        self.shape = (os.fstat(self.file.fileno()).st_size // (3 * size**2), 3, size, size)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -36,68 +43,130 @@ class PixelFile:
         mapped = np.memmap(self.file, np.uint8, "r", shape=self.shape) if len(self) else np.empty(self.shape, np.uint8)
         return torch.from_numpy(np.array(mapped[rows]))
 
+    def load(self) -> "Tensor | PixelFile":
+        """The images in memory, if they are few enough."""
+        return self[:] if np.prod(self.shape) <= IN_MEMORY else self
+
+    def __reduce__(self):  # an open file can't be pickled
+        return PixelFile, (self.path, self.shape[-1])
+
     def chunks(self) -> Iterator[Tensor]:
         """All images in order, some at a time."""
         step = images_at_once(self.shape[-1])
         for begin in range(0, len(self), step):
             yield self[begin : begin + step]
 
-    def load(self) -> "Tensor | PixelFile":
-        """The images in memory, if they are few enough."""
-        if np.prod(self.shape) <= IN_MEMORY:
-            return self[:]
-        self.file = self.path if os.name == "nt" else self.path.open("rb")  # Windows would not replace an open file
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:  # of a copy
-        return vars(self) | {"file": self.path}
-
 
 def images_at_once(size: int) -> int:
     return max(1, AT_ONCE // (3 * size**2))
 
 
-def digest(places: Iterable[str], pixels: PixelFile) -> str:
+def digest(images: list[Item], pixels: PixelFile) -> str:
     """SHA-256 of each image's split and class, and of all pixels."""
-    hashed = hashlib.sha256("\n".join(places).encode(errors="surrogateescape"))
+    places = "\n".join(f"{image.split}/{image.label}" for image in images)
+    hashed = hashlib.sha256(places.encode(errors="surrogateescape"))
     for chunk in pixels.chunks():
         hashed.update(chunk.numpy().data)
     return hashed.hexdigest()
 
 
-def write_pixels(path: Path, groups: Iterable[list[np.ndarray]], size: int) -> PixelFile:
-    """Write groups of images `(3, size, size)`, one after the other. Raises `WriteError`."""
-    count = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for group in groups:
-                for image in group:
-                    file.write(image.tobytes())
-                count += len(group)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as reason:
-        raise WriteError(path, reason) from None
-    return PixelFile(path, count, size)
+def decode_once(listing: Listing, size: int, fixed_ranges: ValueRanges | None) -> tuple[PixelFile, dict[str, Any]]:
+    """The pixels of a listing's images, and their state, from the cache if it is intact and fits the folder.
+
+    The state has `broken`: why which images can't be used. The pixels are those of the others, `sha256` is theirs.
+    `ranges` are the values that became 0 and 255, `sizes` the smallest and the largest one before images were resized,
+    and `found` is what `find_mistakes` returns. Raises `UserError` if the cache can't be written.
+    """
+    key = fingerprint(listing, fixed_ranges)
+    with fastai_home() as data:
+        name = f"{short_name(listing.folder.name)}-{short_hash(listing.folder)}-{size}.pixels"
+        path = data / "decoded" / name
+        return load(path, key, listing, size) or build(path, key, listing, size, fixed_ranges)
 
 
-def overwrite(pixels: PixelFile, images: Iterable[tuple[int, np.ndarray]]):
-    """Replace single rows. Raises `WriteError`."""
-    try:
-        with pixels.path.open("r+b") as file:
-            for row, image in images:
-                file.seek(row * image.nbytes)
-                file.write(image.tobytes())
-    except OSError as reason:
-        raise WriteError(pixels.path, reason) from None
+def load(path: Path, key: str, listing: Listing, size: int) -> tuple[PixelFile, dict[str, Any]] | None:
+    with suppress(OSError, LookupError, TypeError, ValueError):  # there is no cache, or a damaged one
+        state = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        pixels = PixelFile(path, size)
+        # The checksum also shows whether two processes wrote one of the files each.
+        if state["fingerprint"] == key and state["sha256"] == digest(listing.without(state["broken"]), pixels):
+            return pixels, state
+    return None
 
 
-def publish(pixels: PixelFile, path: Path, state: dict[str, Any]) -> PixelFile:
-    """Give a written file its name, and write its state beside it: only a file that fits its state is used again."""
-    try:
-        pixels.path.replace(path)
-    except OSError as reason:
-        raise WriteError(path, reason) from None
+def build(path: Path, key: str, listing: Listing, size: int, fixed_ranges) -> tuple[PixelFile, dict[str, Any]]:
+    print(f"Decoding {len(listing.images):,} images of {listing.name}, once …")
+    files, step = [image.file for image in listing.images], images_at_once(size)
+    broken: list[tuple[int, str]] = []
+    about: list[Decoded] = []  # of the other images, without pixels
+    with replacing(path) as new:
+        with new.open("wb") as file:
+            for begin in range(0, len(files), step):
+                for i, item in enumerate(decode_files(files[begin : begin + step], fixed_ranges or {}, size), begin):
+                    if isinstance(item, str):
+                        broken.append((i, item))
+                    else:
+                        file.write(item.pixels.tobytes())
+                        about.append(item._replace(pixels=None))
+            images = listing.without(broken)
+            used = [(row, *item.used) for row, item in enumerate(about) if item.used]
+            deep = pd.DataFrame(used, columns=["row", "kind", "low", "high"])  # more than 8 bits per value
+            ranges = dict(fixed_ranges or {})
+            for kind, same in deep.groupby("kind"):
+                ranges.setdefault(kind, full_range(kind, float(same.low.min()), float(same.high.max())))
+            for rows in chunked([] if fixed_ranges else deep.row.tolist(), step):  # again, with the range of all
+                for row, item in zip(rows, decode_files([images[row].file for row in rows], ranges, size), strict=True):
+                    file.seek(row * item.pixels.nbytes)
+                    file.write(item.pixels.tobytes())
+        pixels = PixelFile(new, size)
+        found = find_mistakes(pixels, images, listing.flat)
+        found["have damaged metadata, which is ignored"] = [[row] for row, item in enumerate(about) if item.damaged]
+        for kind, same in deep.groupby("kind"):
+            low, high = ranges[kind]
+            dark = same.row[same.high - low < (high - low) / 10]
+            if 2 * len(dark) > len(same):
+                found[f"use less than a tenth of the range from {low:g} to {high:g}"] = [[row] for row in dark.tolist()]
+        sizes = [item.size for item in about]
+        state = dict(
+            fingerprint=key, sha256=digest(images, pixels), broken=broken, ranges=ranges, found=found,
+            sizes=[min(sizes), max(sizes)] if sizes else [],
+        )  # fmt: skip
+    pixels.path = path
     write_json(path.with_suffix(".json"), state)
-    return PixelFile(path, len(pixels), pixels.shape[-1])
+    return pixels, state
+
+
+def find_mistakes(pixels: PixelFile, images: list[Item], flat: bool) -> dict[str, list[list[int]]]:
+    """What may be wrong with some images → their rows, those of identical images together."""
+    one_color: list[int] = []
+    identical: dict[bytes, list[int]] = {}
+    for row, image in enumerate(image for chunk in pixels.chunks() for image in chunk.numpy()):
+        if (image == image[:, :1, :1]).all():
+            one_color.append(row)
+        else:
+            identical.setdefault(hashlib.sha256(image.data).digest(), []).append(row)
+    contradictions, leaks = [], []
+    for rows in identical.values():
+        if len({images[row].label for row in rows}) > 1:
+            contradictions.append(rows)
+        elif len({images[row].split for row in rows}) > 1 or (flat and len(rows) > 1):
+            leaks.append(rows)
+    where = "others, and may be on both sides of the split" if flat else "images of another split"
+    return {
+        "show one color only": [[row] for row in one_color],
+        "are identical to images of another class": contradictions,
+        f"are identical to {where}": leaks,
+    }
+
+
+def fingerprint(listing: Listing, ranges: ValueRanges | None) -> str:
+    """A hash of all that the decoded pixels depend on: the decoder, and each file's name, class, size and time."""
+    lines = [f"decoder {DECODER} {ranges}"]
+    for split, label, file in listing.images:
+        try:
+            stat = file.stat()
+            times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"  # of the content, and of the content or name
+            lines.append(f"{split}/{label} {listing.relative(file)} {stat.st_size} {times}")
+        except OSError as reason:  # a link to nowhere, for example; decoding will tell
+            lines.append(f"{split}/{label} {listing.relative(file)} {reason.errno}")
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

@@ -1,14 +1,17 @@
 """One image → uint8 pixels: orientation, transparency, range of values, size."""
 
 import io
+import warnings
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from fastai.vision.all import chunked, num_cpus, parallel
-from PIL import Image, ImageOps
+from fastai.vision.all import num_cpus, parallel
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as decode_png
@@ -19,6 +22,7 @@ from cifar10.text import printable
 SIZE = 32  # pixels along each side, as in CIFAR-10
 MIN_SIDE = 4  # pixels; a smaller image is a mistake
 OVERSHOOT = 0.1  # of floats from 0 to 1 that were resized
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
 Image.init()
 # What Pillow opens, but for formats that it only recognizes, videos and vector graphics.
 FORMATS = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS"}
@@ -34,6 +38,7 @@ class Decoded(NamedTuple):
     pixels: np.ndarray  # uint8 (3, size, size)
     used: tuple[str, float, float] | None  # the `used_range` of an image with more than 8 bits per value
     size: tuple[int, int]  # width and height before it was resized
+    damaged: bool  # metadata that can't be read, like a part of EXIF
 
 
 def decode_image(item, ranges: ValueRanges | None = None, size: int = SIZE) -> np.ndarray:
@@ -54,7 +59,9 @@ def decode_image(item, ranges: ValueRanges | None = None, size: int = SIZE) -> n
 def decode(item, ranges: ValueRanges, size: int = SIZE) -> Decoded:
     """Like `decode_image`, but it raises `ValueError`."""
     try:
-        image, used = read_image(item), None
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            image, used = read_image(item), None
         if isinstance(image, np.ndarray):
             used = used_range(image)
             image = to_8_bits(image, *(ranges.get(used[0]) or full_range(*used)))
@@ -72,33 +79,45 @@ def decode(item, ranges: ValueRanges, size: int = SIZE) -> Decoded:
     found = image.size
     if found != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return Decoded(np.array(image).transpose(2, 0, 1), used, found)
+    damaged = any(warning.category is UserWarning for warning in told)
+    return Decoded(np.array(image).transpose(2, 0, 1), used, found, damaged)
 
 
 def decode_files(files: list[Path], ranges: ValueRanges, size: int) -> list:
     """What `decode` returns for each file, or why it can't be used, on all cores."""
     # Starting processes takes longer than a few images.
     many = len(files) > 100 and len(files) * size**2 > 4_000 * SIZE**2
-    workers = num_cpus() if many else 0
-    chunks = list(chunked(files, max(1, min(100, len(files) // (4 * num_cpus())))))
-    parts = parallel(decode_chunk, chunks, ranges=dict(ranges), size=size, n_workers=workers, progress=many)
-    return [item for part in parts for item in part]
+    workers, chunk = (num_cpus(), min(100, len(files) // (4 * num_cpus()))) if many else (0, 1)
+    settings = dict(n_workers=workers, chunksize=max(1, chunk), progress=many)
+    return list(parallel(decode_or_reason, files, ranges=dict(ranges), size=size, **settings))
 
 
-def decode_chunk(files: list[Path], ranges: ValueRanges, size: int) -> list:
-    def decoded(file):
-        try:
-            return decode(file, ranges, size)
-        except ValueError as why:
-            return str(why)
-
-    return [decoded(file) for file in files]
+def decode_or_reason(file: Path, ranges: ValueRanges, size: int) -> Decoded | str:
+    try:
+        return decode(file, ranges, size)
+    except ValueError as why:
+        return str(why)
 
 
 def read_image(item) -> Image.Image | np.ndarray:
-    """An upright image with 8 bits per value, or the values of one that has more: `(H, W, C)`, C from 1 to 4."""
+    """An upright image with 8 bits per value, or the values of one that has more: `(H, W, C)`, C from 1 to 4.
+
+    Damaged metadata are ignored with a `UserWarning`, as Pillow does in most cases.
+    """
     if isinstance(item, (Tensor, np.ndarray)):
         return read_array(item)
+    try:
+        return read_file(item)
+    except Exception:
+        with suppress(Exception):
+            image = read_file(without_text(item))
+            warnings.warn("damaged text", stacklevel=1)
+            return image
+        raise
+
+
+def read_file(item) -> Image.Image | np.ndarray:
+    """`read_image` for an image that is not an array."""
     image = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow keeps 8 of a color's 16 bits
     if deep and image.format == "PNG":
@@ -107,13 +126,42 @@ def read_image(item) -> Image.Image | np.ndarray:
     bits, signed, white_is_0 = tags.get(258, (8,))[0], tags.get(339, (1,))[0] == 2, tags.get(262) == 0
     if (bits == 8 and signed) or (bits > 8 and white_is_0):
         raise ValueError("this kind of TIFF file is not supported, save it as PNG")
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)[..., None]
         return values.view(np.uint32) if values.dtype == np.int32 and tags and not signed else values
     if deep:
         return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")).astype(np.uint16) * 257
     return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image, turned as its EXIF orientation says, if that can be read."""
+    image.load()  # damaged pixels are an error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as reason:
+        warnings.warn(f"damaged EXIF: {reason}", stacklevel=1)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # Pillow remembers what it could read
+    image = image.copy()
+    image.info = {key: value for key, value in image.info.items() if "exif" not in key}
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(image)
+
+
+def without_text(item: str | Path | bytes) -> bytes:
+    """A PNG file without its texts and its color profile, which pixels don't depend on, and without damaged EXIF."""
+    data = item if isinstance(item, bytes) else Path(item).read_bytes()
+    if not data.startswith(PNG):
+        raise ValueError("not a PNG file")
+    kept, rest = [PNG], data.removeprefix(PNG)
+    while rest:
+        end = 12 + int.from_bytes(rest[:4])  # a length, a kind, as many bytes, and a checksum
+        chunk, rest = rest[:end], rest[end:]
+        intact = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        if chunk[4:8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf") or (chunk[4:8] == b"eXIf" and intact):
+            kept.append(chunk)
+    return b"".join(kept)
 
 
 def read_array(item: Tensor | np.ndarray) -> Image.Image | np.ndarray:

@@ -1,10 +1,11 @@
-"""Which images a folder holds, and the split and class of each. Whatever is left out is told, or is an error."""
+"""Which images a folder holds, and the split and class of each. Anything left out is reported, or raises."""
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 from unicodedata import normalize
 
 import pandas as pd
@@ -12,30 +13,46 @@ import pandas as pd
 from cifar10.data.decode import IMAGE_SUFFIXES
 from cifar10.data.sources import is_hidden, list_folders
 from cifar10.errors import UserError
-from cifar10.text import enumerate_names, printable
+from cifar10.text import enumerate_names, plural, printable
 
 VALID = ("valid", "val", "validation")  # names of the split to validate on while training
 
 
-class Listing:
-    """Of the images in `classes`, split → class → files: `files[i]` has the class `labels[i]` and is in `splits[i]`.
+class Item(NamedTuple):
+    """An image file."""
 
-    `notes` say what is left out, and which classes are easily mistaken or have no images in a split. If it is `flat`,
-    there are no splits: all images are in "train", of which a part is to be validated on.
+    split: str
+    label: str  # its class
+    file: Path
+
+
+class Listing:
+    """The `images` of `folder`, which may also be a CSV file, from `classes`: split → class → files.
+
+    `notes` say what is left out, and which classes are easily mistaken. If it is `flat`, there are no splits: all
+    images are in "train", of which a part is to be validated on.
     """
 
-    def __init__(self, classes: dict[str, dict[str, list[Path]]], ignored: Counter, flat: bool = False):
-        images = [(s, label, file) for s, labels in classes.items() for label in labels for file in labels[label]]
-        self.splits, self.labels, self.files = (list(column) for column in zip(*images))
-        self.flat, self.notes = flat, list[str]()
+    def __init__(self, folder: Path, classes: dict[str, dict[str, list[Path]]], ignored: Counter, flat: bool = False):
+        self.folder, self.flat, self.notes = folder, flat, list[str]()
+        self.name = printable(folder.parent.name if folder.is_file() else folder.name)
+        groups = [(split, label, files) for split, labels in classes.items() for label, files in labels.items()]
+        self.images = [Item(split, label, file) for split, label, files in groups for file in files]
         for _, alike in groupby(sorted(classes["train"], key=simplified), key=simplified):
             for one, other in pairwise(alike):
                 self.notes.append(f"the classes {one!r} and {other!r} differ by {difference(one, other)} only")
-        for split in classes:
-            if missing := [name for name in classes["train"] if name not in classes[split]]:
-                self.notes.append(f"{split}/ has no images of {enumerate_names(missing)}, so they can't be evaluated")
-        if count := ignored.total():
-            self.notes.append(f"{count:,} file{'s' * (count > 1)} ignored: {kinds(ignored)}")
+        if ignored.total():
+            self.notes.append(f"{plural(ignored.total(), 'file')} ignored: {kinds(ignored)}")
+
+    def without(self, broken: Iterable[tuple[int, str]]) -> list[Item]:
+        """The images but for those numbered in `broken`."""
+        left_out = dict(broken)
+        return [image for i, image in enumerate(self.images) if i not in left_out]
+
+    def relative(self, file: Path) -> str:
+        """A file's path below the data set's folder, if it is there."""
+        root = self.folder.parent if self.folder.is_file() else self.folder
+        return str(file.relative_to(root) if file.is_relative_to(root) else file)
 
 
 def list_folder(folder: Path) -> Listing:
@@ -59,9 +76,9 @@ def list_folder(folder: Path) -> Listing:
     used = ["train", *[split for split in fit if split != "test"][:1], *[split for split in fit if split == "test"]]
     chosen, found = {split: classes[split] for split in used}, sum((ignored[split] for split in used), Counter())
     check_classes(folder, chosen, found)
-    listing = Listing(chosen, found)
-    if nested := sum(len(file.relative_to(folder).parts) > 3 for file in listing.files):
-        listing.notes.append(f"{nested:,} images are in folders within a class, and belong to it")
+    listing = Listing(folder, chosen, found)
+    if nested := sum(len(image.file.relative_to(folder).parts) > 3 for image in listing.images):
+        listing.notes.append(f"{plural(nested, 'image')} in folders within a class, counted as part of it")
     if beside := [path.name for path in list_folders(folder) if path.name.casefold() not in present]:
         listing.notes.append(f"not used, beside train/: {enumerate_names(beside)}")
     for split in present:
@@ -79,7 +96,7 @@ def list_flat(folder: Path, ignored: Counter) -> Listing:
         names = enumerate_names(splits)
         raise UserError(f"{folder} holds {names}, but no train/; rename its folders to train, valid and test")
     check_classes(folder, {"": classes}, ignored)
-    return Listing({"train": classes}, ignored, flat=True)
+    return Listing(folder, {"train": classes}, ignored, flat=True)
 
 
 def list_table(table: Path) -> Listing:
@@ -113,7 +130,7 @@ def list_table(table: Path) -> Listing:
         groups = rows[rows["split"] == split].groupby("label")["image"]
         classes[split] = {str(label): [table.parent / image for image in images] for label, images in groups}
     check_classes(table, classes, Counter())
-    return Listing(classes, Counter(), flat)
+    return Listing(table, classes, Counter(), flat)
 
 
 def kinds(ignored: Counter) -> str:

@@ -1,5 +1,6 @@
 """How the images reach the model: ImageTable → DataBlock → DataLoaders, where a batch is one indexing operation."""
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,9 @@ from cifar10.data.decode import SIZE, ValueRanges, decode_image
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
 from cifar10.hardware import get_device
-from cifar10.text import enumerate_names
+from cifar10.text import enumerate_names, plural, printable
+
+IMBALANCE = 10  # times as many images of a class as of another are worth a word
 
 
 class TensorDL(TfmdDL):
@@ -146,22 +149,17 @@ def leave_labels(*transforms):
 
 
 class ClassOf:
-    """`get_y` of the DataBlock: the class of a file as in its table, or else its folder's name.
+    """`get_y` of the DataBlock: the class of a file in the table, or of another file the name of its folder."""
 
-    Below `folder/<split>/<class>/`, or `folder/<class>/` if it is `flat`, it is the class folder's.
-    """
-
-    def __init__(self, folder: Path, flat: bool, labels: dict[Path, str]):
-        self.folder, self.flat, self.labels = folder, flat, labels
+    def __init__(self, labels: dict[Path, str]):
+        self.labels = labels
         self.__name__ = "class_of"  # fastai can't pickle a function without a name
 
     def __call__(self, file) -> str:
-        if file in self.labels:
-            return self.labels[file]
-        path = Path(file).absolute()
-        inside = path.parts[len(self.folder.parts) :] if path.is_relative_to(self.folder) else ()
-        level = 0 if self.flat else 1
-        return normalize("NFC", inside[level] if len(inside) > level + 1 else path.parent.name)
+        return self.labels.get(file) or normalize("NFC", Path(file).parent.name)
+
+    def __reduce__(self):  # an exported Learner does not hold the names of the files
+        return ClassOf, ({},)
 
 
 def build_dls(data, tfms=(), *, bs: int, valid="test", device="auto", stats=None,
@@ -181,17 +179,31 @@ def build_dls(data, tfms=(), *, bs: int, valid="test", device="auto", stats=None
     if unknown := {*images.classes} - {*classes}:
         names, known = enumerate_names(sorted(unknown)), enumerate_names(classes)
         raise UserError(f"{images.name} has classes that the model does not know: {names}; it knows {known}")
+    for note in class_notes(images, splits, valid, weighted) if not only else ():
+        print(f"{images.name}: {note}")
     rows = np.sort(np.concatenate(splits))
-    labels = dict(zip(images.files, images.labels)) if images.folder.is_file() else {}
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock(vocab=classes)),
         get_items=lambda images: [images.files[row] for row in rows],
         splitter=lambda files: [np.searchsorted(rows, split).tolist() for split in splits],
-        get_y=ClassOf(images.folder, images.flat, labels),
+        get_y=ClassOf(dict(zip(images.files, images.labels))),
         batch_tfms=[*tfms, Normalize.from_stats(*(stats or images.stats(splits[0])))],
         dl_type=TensorDL,
     )
     return block.dataloaders(images, table=images, bs=bs, device=where, weighted=weighted)
+
+
+def class_notes(images: ImageTable, splits: list[np.ndarray], valid: str, weighted: bool) -> Iterator[str]:
+    """What a user should know about the numbers of images per class."""
+    train, *others = ([images.labels[row] for row in rows] for rows in splits)
+    names = ("validation", "test") if len(others) > 1 else (eval_split_name(images, valid),)
+    for name, labels in zip(names, others):
+        if missing := sorted({*images.classes} - {*labels}):
+            yield f"there are no {name} images of {enumerate_names(missing)}, so they can't be evaluated"
+    (most, many), *_, (least, few) = Counter(train).most_common()
+    if many > IMBALANCE * few:
+        counts = f"{printable(most)} has {plural(many, 'training image')} and {printable(least)} {few:,}"
+        yield f"{counts}: look at the accuracy per class" + (", and consider --weighted" if not weighted else "")
 
 
 def eval_split_name(images: ImageTable, valid: str) -> str:
@@ -209,4 +221,4 @@ def describe(dls: DataLoaders) -> str:
     listed = f"{', '.join(counts[:-1])} and {counts[-1]}"
     left, bs = dls.train.n % dls.train.bs, dls.train.bs
     skipped = f"; each epoch skips {left:,} that don't fill a batch of {bs}" * (5 * left > dls.train.n)
-    return f"{images.name}: {len(dls.vocab)} classes; {listed} images, {sizes} pixels{resized}{skipped}"
+    return f"{images.name}: {plural(len(dls.vocab), 'class')}; {listed} images, {sizes} pixels{resized}{skipped}"

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import shutil
-import stat
 import tarfile
 import urllib.request
 import zipfile
-from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import repeat
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastai.data
@@ -20,11 +21,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from cifar10.errors import UserError
-from cifar10.files import atomic_folder
+from cifar10.errors import UserError, WriteError
+from cifar10.files import LEFTOVERS, remove_leftovers, replacing
 
 CIFAR10_IMAGES = 60_000
 TIMEOUT = 20  # seconds to wait for an answer from the network
+ABANDONED = 24 * 3600  # seconds without a write after which a temporary folder is that of a killed process
 # Training on the digits takes a few epochs only, and a digit's mirror image is not a digit.
 DIGITS_DEFAULTS = {"epochs": 6, "flip": False}
 BATCHES = "cifar-10-batches-py"  # torchvision's folder
@@ -58,7 +60,7 @@ def prepare_data(data: str | Path) -> Source:
             print(f"{trouble}: training on scikit-learn's handwritten digits instead. For CIFAR-10, {WAYS_TO_CIFAR10}.")
             data = "digits"
     if data == "digits":
-        return Source(digits_folder(), "digits", DIGITS_DEFAULTS)
+        return Source(make_once("digits", write_digits), "digits", DIGITS_DEFAULTS)
     try:
         path = Path(data).expanduser().resolve(strict=True)
         if path.suffix.lower() == ".csv":
@@ -70,7 +72,10 @@ def prepare_data(data: str | Path) -> Source:
             names = ", ".join(folder.name for folder in found)
             raise UserError(f"{path} holds several data sets, {names}; pass the path of one of them")
         if found:
-            return Source(convert_batches(found[0]) if found[0].name == BATCHES else found[0], str(path), {})
+            if found[0].name == BATCHES:
+                name = f"cifar10-{cache_key(found[0])}"
+                return Source(make_once(name, partial(convert_batches, found[0])) / "cifar10", str(path), {})
+            return Source(found[0], str(path), {})
         for flat in (unpacked, *(inside if len(inside) == 1 else [])):
             if len(list_folders(flat)) > 1:  # a folder for each class
                 return Source(flat, str(path), {})
@@ -84,13 +89,40 @@ def prepare_data(data: str | Path) -> Source:
     raise UserError(f"{path} holds {what}; it needs {needed}")
 
 
+@contextmanager
+def fastai_home() -> Iterator[Path]:
+    """fastai's folder of data sets. If the block can't write there, the `UserError` says how to choose another."""
+    try:
+        data = fastai_path("data")  # makes the folder, too
+        (data / "decoded").mkdir(parents=True, exist_ok=True)
+        remove_leftovers((*data.glob(LEFTOVERS), *data.glob(f"decoded/{LEFTOVERS}")), ABANDONED)
+        yield data
+    except WriteError as reason:
+        raise UserError(f"{reason}, or set FASTAI_HOME to another folder") from None
+    except OSError as reason:
+        why = f"fastai's folder can't be used ({reason})"
+        raise UserError(f"{why}; check the permissions, or set FASTAI_HOME to another folder") from None
+
+
+def make_once(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder in fastai's, which `make` fills if it is not there."""
+    with fastai_home() as data:
+        folder = data / name
+        if not folder.exists():
+            with replacing(folder) as new:
+                new.mkdir()
+                make(new)
+    return folder
+
+
 def list_folders(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name)]
 
 
 def cifar10_folder() -> Path:
     """fastai's CIFAR-10: its cached folder, or its cached archive, or its download. Raises `OSError` if none works."""
-    folder, archive = fastai_path("data") / "cifar10", fastai_path("archive") / "cifar10.tgz"
+    with fastai_home() as data:
+        folder, archive = data / "cifar10", fastai_path("archive") / "cifar10.tgz"
     if sum(len(files) for _, _, files in os.walk(folder)) >= CIFAR10_IMAGES:  # a killed fastai may leave a part of it
         return folder
     if not archive.is_file():  # fastdownload would wait forever for a server that does not answer
@@ -104,83 +136,64 @@ def cifar10_folder() -> Path:
     return unpack_once(Path(archive)) / "cifar10"
 
 
-def digits_folder() -> Path:
+def write_digits(folder: Path):
     """scikit-learn's 1,797 handwritten digits (UCI, 8×8) as 32×32 RGB images, a fifth of them to test on."""
-    folder = fastai_path("data") / "digits"
-    if not folder.exists():
-        digits = load_digits()
-        small = (Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images)
-        images = (image.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in small)
-        split = np.full(len(digits.target), "train", dtype=object)
-        _, test = train_test_split(range(len(split)), test_size=0.2, stratify=digits.target, random_state=0)
-        split[test] = "test"
-        write_images(folder, zip(images, split, digits.target, strict=True))
-    return folder
+    digits = load_digits()
+    small = (Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images)
+    images = (image.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in small)
+    split = np.full(len(digits.target), "train", dtype=object)
+    _, test = train_test_split(range(len(split)), test_size=0.2, stratify=digits.target, random_state=0)
+    split[test] = "test"
+    write_images(folder, zip(images, split, digits.target, strict=True))
 
 
-def convert_batches(folder: Path) -> Path:
+def convert_batches(batches: Path, folder: Path):
     """torchvision's pickled CIFAR-10 as an image folder. torchvision checks the MD5 sums before it loads a file."""
     from torchvision.datasets import CIFAR10
 
-    target = fastai_path("data") / f"cifar10-{cache_key(folder)}" / "cifar10"
-    if not target.exists():
-        print(f"Converting {folder} …")
-        try:
-            splits = {name: CIFAR10(folder.parent, train=name == "train") for name in ("train", "test")}
-        except RuntimeError as reason:
-            raise UserError(f"{folder} is not the CIFAR-10 that torchvision downloads: {reason}") from None
-        write_images(
-            target,
-            (
-                (Image.fromarray(pixels), split, images.classes[label])
-                for split, images in splits.items()
-                for pixels, label in zip(images.data, images.targets, strict=True)
-            ),
-        )
-    return target
+    print(f"Converting {batches} …")
+    try:
+        splits = {name: CIFAR10(batches.parent, train=name == "train") for name in ("train", "test")}
+    except RuntimeError as reason:
+        raise UserError(f"{batches} is not the CIFAR-10 that torchvision downloads: {reason}") from None
+    for name, images in splits.items():
+        labels = [images.classes[label] for label in images.targets]
+        write_images(folder / "cifar10", zip(map(Image.fromarray, images.data), repeat(name), labels))
 
 
 def write_images(folder: Path, images: Iterable[tuple[Image.Image, str, str]]):
-    """Write `(image, split, class)` triples as `folder/<split>/<class>/<number>.png`, all of them or none."""
-    with atomic_folder(folder) as temporary:
-        for number, (image, split, label) in enumerate(images):
-            target = temporary / str(split) / str(label)
-            target.mkdir(parents=True, exist_ok=True)
-            image.save(target / f"{number:05}.png")
+    """Write `(image, split, class)` triples as `folder/<split>/<class>/<number>.png`."""
+    for number, (image, split, label) in enumerate(images):
+        target = folder / str(split) / str(label)
+        target.mkdir(parents=True, exist_ok=True)
+        image.save(target / f"{number:05}.png")
 
 
 def unpack_once(archive: Path) -> Path:
     """The folder into which `archive` is unpacked: a new one whenever the archive changes."""
     name = archive.name.removesuffix(".gz").rsplit(".", 1)[0]
-    folder = fastai_path("data") / f"{short_name(name)}-{cache_key(archive)}"
-    if not folder.exists():
-        print(f"Unpacking {archive} …")
-        with atomic_folder(folder) as temporary:
-            unpack(archive, temporary)
-    return folder
+    return make_once(f"{short_name(name)}-{cache_key(archive)}", partial(unpack, archive))
 
 
 def unpack(archive: Path, folder: Path):
     """Unpack a tar or zip archive into `folder`.
 
-    Raises `UserError` for a file that is neither, that is damaged, that would write outside of `folder`, that holds
-    anything but files, folders and links between them, or that is larger than the free disk space.
+    Nothing is written outside of `folder`. Raises `UserError` for a file that is neither, that is damaged, that holds
+    devices or links that lead out, or that is larger than the free disk space.
     """
+    print(f"Unpacking {archive} …")
     try:
         if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tar:
-                check_members(((member.name, member.size) for member in tar), folder)
+                check_size((member.size for member in tar), folder)
                 tar.extractall(folder, filter="data")  # refuses links that lead out, and devices
         elif zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zipped:
                 members = zipped.infolist()
                 for member in members:
                     member.filename = clean_name(member)
-                check_members(((member.filename, member.file_size) for member in members), folder)
-                for member in members:
-                    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                        raise UserError(f"{member.filename!r} in it is neither a file nor a folder")
-                zipped.extractall(folder, members)
+                check_size((member.file_size for member in members), folder)
+                zipped.extractall(folder, members)  # leaves out ".." and the like, and makes no links
         else:
             raise UserError("it is neither a tar nor a zip archive; --data takes .tgz, .tar.gz and .zip")
     except Exception as reason:  # decompressors fail on damaged files in many ways
@@ -201,12 +214,10 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # of macOS and of Synology's servers
 
 
-def check_members(members: Iterable[tuple[str, int]], folder: Path):
-    """Raise `UserError` for an unsafe path, or if the unpacked files would not fit on the disk."""
+def check_size(sizes: Iterable[int], folder: Path):
+    """Raise `UserError` if the unpacked files would not fit on the disk."""
     free, needed = shutil.disk_usage(folder).free, 0
-    for name, size in members:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"unsafe path in the archive, {name!r}")
+    for size in sizes:
         needed += size
         if needed > free:
             raise UserError(f"it holds more than {needed / 1e9:,.1f} GB, and only {free / 1e9:,.1f} GB are free")

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from cifar10.errors import Stopped, UserError, WriteError
-from cifar10.files import load_tensors, save_tensors, write_csv, write_json
+from cifar10.files import LEFTOVERS, load_tensors, remove_leftovers, save_tensors, write_csv, write_json
 from cifar10.hardware import collect_env
 from cifar10.processes import LOST, from_rank0, host_count, is_distributed, is_lost, launch_command, launch_id, on_rank0
 from cifar10.training.options import Options
@@ -144,8 +144,7 @@ class Run:
         except OSError as reason:
             if reason.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
                 raise
-        for part in self.path.rglob(".*.part"):
-            part.unlink()
+        remove_leftovers(self.path.rglob(LEFTOVERS))
 
     def resume_command(self, script: str = "") -> str:
         """What to type to resume this run."""

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import struct
 import unicodedata
+import zlib
 
+import numpy as np
 import pytest
 from conftest import make_images
 from PIL import Image
 
+from cifar10.data.decode import decode_image
 from cifar10.data.listing import list_folder
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
@@ -21,8 +25,7 @@ def folder(tmp_path):
 
 def counts(folder) -> dict[str, int]:
     """Class → training images."""
-    listing = list_folder(folder)
-    labels = [label for label, split in zip(listing.labels, listing.splits, strict=True) if split == "train"]
+    labels = [image.label for image in list_folder(folder).images if image.split == "train"]
     return {label: labels.count(label) for label in sorted({*labels})}
 
 
@@ -157,13 +160,13 @@ def test_only_an_unlabelled_test_split(tmp_path):
 def told(folder, capsys) -> str:
     """What is printed about a folder, without the progress bar."""
     capsys.readouterr()
-    ImageTable(folder)
+    get_dls(folder, batch_size=2)
     return "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{folder.name}: "))
 
 
 def test_classes_without_validation_images_are_told(folder, capsys):
     shutil.rmtree(folder / "test/bar")
-    assert told(folder, capsys) == "set: test/ has no images of bar, so they can't be evaluated"
+    assert told(folder, capsys) == "set: there are no test images of bar, so they can't be evaluated"
 
 
 def test_what_systems_leave_in_folders_is_no_class(folder, capsys):
@@ -184,7 +187,7 @@ def test_images_in_folders_within_a_class_are_told(folder, capsys):
     (folder / "train/cross/masks").mkdir()
     for i in range(2):
         (folder / f"train/cross/{i}.png").rename(folder / f"train/cross/masks/{i}.png")
-    assert told(folder, capsys) == "set: 2 images are in folders within a class, and belong to it"
+    assert told(folder, capsys) == "set: 2 images in folders within a class, counted as part of it"
 
 
 def test_validation_is_a_name_as_well(folder):
@@ -196,8 +199,8 @@ def test_leaks_and_contradictions_are_told(folder, capsys):
     shutil.copy(folder / "train/ring/1.png", folder / "test/ring/copied.png")
     shutil.copy(folder / "train/bar/2.png", folder / "train/cross/also.png")
     assert told(folder, capsys).splitlines() == [
-        "set: 1 of 20 images are validation or test images, but identical to training images: test/ring/copied.png",
-        "set: 2 of 20 images are in two classes of train: train/bar/2.png, train/cross/also.png",
+        "set: 2 of 20 images are identical to images of another class: train/bar/2.png = train/cross/also.png",
+        "set: 2 of 20 images are identical to images of another split: train/ring/1.png = test/ring/copied.png",
     ]
 
 
@@ -274,3 +277,74 @@ def test_names_of_the_greatest_length(tmp_path):
     folder = make_images(tmp_path / ("猫" * 80), train=2, test=2, classes=("x" * 250, "y" * 250))
     table = ImageTable(folder)
     assert table.cache.is_file() and len(os.fsencode(table.cache.name)) < 150
+
+
+# ---- Metadata
+
+
+def chunk(kind: bytes, data: bytes, checksum: bool = True) -> bytes:
+    """Of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) + (not checksum))
+
+
+EXIF = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)  # orientation 6
+METADATA = {
+    "exif.webp": b"Exif\0\0junkjunk",
+    "exif.jpg": b"Exif\0\0" + EXIF[:-8],
+    "exif.png": chunk(b"eXIf", b"junkjunk"),
+    "exif-checksum.png": chunk(b"eXIf", EXIF, checksum=False),
+    "profile.png": chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      20\nzz not hex\n"),
+    "text-checksum.png": chunk(b"tEXt", b"a\0b", checksum=False),
+    "text-too-long.png": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**22))),
+    "text-method.png": chunk(b"zTXt", b"a\0\1b"),
+    "colors-too-long.png": chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**22))),
+}
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("name", [name for name in METADATA if "checksum" not in name])
+def test_damaged_metadata_are_ignored_and_counted(folder, capsys, recwarn, name, place):
+    image, file = Image.open(folder / "train/ring/0.png"), folder / "train/ring" / name
+    options = dict(lossless=True) if name.endswith("webp") else dict(quality=100)
+    if name.endswith("png"):
+        image.save(file)
+        data = file.read_bytes()
+        end = data.index(b"IDAT" if place == "before" else b"IEND") - 4
+        file.write_bytes(data[:end] + METADATA[name] + data[end:])
+        intact = data
+    else:
+        image.save(file, **options)
+        intact = file.read_bytes()
+        image.save(file, exif=METADATA[name], **options)
+    table = ImageTable(folder)
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+    np.testing.assert_array_equal(table.pixels[table.row[file]], decode_image(intact))
+    told = f"set: 1 of 19 images have damaged metadata, which is ignored: train/ring/{name}\n"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in METADATA if "checksum" in name])
+def test_metadata_with_a_wrong_checksum(folder, capsys, recwarn, name):
+    """Which Pillow compares before the pixels only."""
+    test_damaged_metadata_are_ignored_and_counted(folder, capsys, recwarn, name, "before")
+
+
+def test_orientation_that_is_readable_beside_damaged_metadata(folder):
+    """Another EXIF entry that can't be encoded again, and a text with a wrong checksum."""
+    upright = decode_image(folder / "train/ring/0.png")
+    stored = Image.open(folder / "train/ring/0.png").transpose(Image.Transpose.ROTATE_90)
+    stored.save(folder / "turned.png", exif=b"Exif\0\0" + EXIF)
+    data = (folder / "turned.png").read_bytes()
+    at = data.index(b"IDAT") - 4
+    np.testing.assert_array_equal(decode_image(data), upright)
+    damaged = data[:at] + chunk(b"tEXt", b"a\0b", checksum=False) + data[at:]
+    np.testing.assert_array_equal(decode_image(damaged), upright)
+
+
+def test_damaged_pixels_are_refused_whatever_the_metadata(folder):
+    data = (folder / "train/ring/0.png").read_bytes()
+    at = data.index(b"IDAT") - 4
+    damaged = chunk(b"tEXt", b"a\0b", checksum=False)
+    for broken in (data[: len(data) // 2], data[:at] + damaged + data[at : len(data) // 2]):
+        with pytest.raises(UserError, match="can't be used as an image"):
+            decode_image(broken)

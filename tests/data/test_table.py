@@ -1,16 +1,20 @@
 """Images are decoded once, correctly, into a cache that is never trusted blindly."""
 
+import errno
+import json
 import os
 import shutil
+import time
 
 import pytest
 import torch
 from conftest import make_images
-from fastai.vision.all import fastai_path
+from fastai.vision.all import fastai_cfg, fastai_path
 from PIL import Image
 
 from cifar10 import files
-from cifar10.data import table as images
+from cifar10.data import cache
+from cifar10.data.decode import decode_image
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
 from train import get_dls
@@ -39,7 +43,7 @@ def test_images_are_decoded_once(folder, monkeypatch):
     first = ImageTable(folder)
     assert len(first.pixels) == 64
     assert first.cache.parent.parent == fastai_path("data")
-    monkeypatch.setattr(images, "decode_files", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(cache, "decode_files", lambda *_: pytest.fail("decoded again"))
     again = ImageTable(folder)
     assert torch.equal(again.pixels, first.pixels) and again.hash == first.hash
     assert [file.name for file in first.cache.parent.iterdir() if file.suffix == ".part"] == []
@@ -69,7 +73,7 @@ def test_other_tensors_in_the_caches_place(folder):
     whole = first.pixels
     files.save_tensors(first.cache, {"weight": torch.zeros(3)})
     assert torch.equal(ImageTable(folder).pixels, whole)
-    state = dict(fingerprint=first.fingerprint, sha256=first.hash, broken=[], one_color=[], ranges={})
+    state = json.loads(first.cache.with_suffix(".json").read_text())
     files.save_tensors(first.cache, {"pixels": whole[1:]}, **state)
     assert torch.equal(ImageTable(folder).pixels, whole)
 
@@ -126,3 +130,80 @@ def test_the_cache_notices_a_swap_of_equal_sizes_and_times(tmp_path, what):
     assert again.hash != first.hash
     row = again.row[folder / "train/cross/0.bmp"]
     assert torch.equal(again.pixels[row], first.pixels[first.row[folder / "train/ring/0.bmp"]])
+
+
+def test_processes_with_the_same_id_share_a_cache(folder, monkeypatch):
+    """While one decodes, another one, as in another container, decodes and finishes; and so the other way around."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
+    expected, decode, tables = ImageTable(folder), cache.decode_files, []
+    expected.cache.unlink()
+
+    def meanwhile(*args):
+        if len(tables) < 2:
+            tables.append(None)
+            tables.append(ImageTable(folder))
+        return decode(*args)
+
+    monkeypatch.setattr(cache, "decode_files", meanwhile)
+    for table in (ImageTable(folder), ImageTable(folder), *filter(None, tables)):
+        assert table.hash == expected.hash and torch.equal(table.pixels[:], expected.pixels[:])
+    assert not [*expected.cache.parent.glob(".*")]
+
+
+def test_pixels_and_state_of_two_processes_are_never_mixed(folder, monkeypatch):
+    """Between the two files that one writes, another one writes both, of other pixels; or the pixels only."""
+    write_json, others = cache.write_json, []
+
+    def meanwhile(path, state):
+        if not others:
+            others.append(None)
+            Image.new("RGB", (32, 32), "red").save(folder / "train/cross/0.png")
+            others.append(ImageTable(folder))
+        write_json(path, state)
+
+    before = decode_image(folder / "train/cross/0.png")
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
+    monkeypatch.setattr(cache, "write_json", meanwhile)
+    first = ImageTable(folder)
+    row = first.row[folder / "train/cross/0.png"]
+    assert (first.pixels[row].numpy() == before).all() and first.hash != others[1].hash
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)
+    for table in (others[1], ImageTable(folder)):
+        assert torch.equal(table.pixels[row], red) and table.hash == others[1].hash
+
+
+@pytest.mark.parametrize("data", ["folder", "digits", "archive", "auto"])
+def test_a_home_that_can_not_be_written_names_the_way_out(folder, tmp_path, monkeypatch, data):
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("FASTAI_HOME", str(tmp_path / "home"))
+    fastai_cfg.cache_clear()
+    data = {"folder": folder, "archive": shutil.make_archive(str(tmp_path / "a"), "zip", folder)}.get(data, data)
+    try:
+        with pytest.raises(UserError, match="or set FASTAI_HOME to another folder"):
+            ImageTable(data)
+    finally:
+        monkeypatch.undo()
+        fastai_cfg.cache_clear()
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_cache_that_can_not_be_written_names_the_way_out(folder, monkeypatch, reason):
+    def refuse(descriptor):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=rf"can't be written .{os.strerror(reason)}.*, or set FASTAI_HOME to another"):
+        ImageTable(folder)
+
+
+def test_leftovers_of_a_killed_process_are_removed(folder):
+    decoded = fastai_path("data") / "decoded"
+    for name, age in ((".old.part", 2 * 24 * 3600), (".new.part", 0)):
+        (decoded / name).mkdir(parents=True)
+        (decoded / name / "set.pixels").write_bytes(b"half of it")
+        for path in (decoded / name / "set.pixels", decoded / name):
+            os.utime(path, (time.time() - age, time.time() - age))
+    ImageTable(folder)
+    assert not (decoded / ".old.part").exists() and (decoded / ".new.part").exists()
+    shutil.rmtree(decoded / ".new.part")
