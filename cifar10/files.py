@@ -32,8 +32,8 @@ def output_file(path: str) -> str:
     return path
 
 
-LEFTOVERS = ".*.part"  # pattern of the temporary folders
 OutputFile = Annotated[str | None, {"type": output_file}]
+LEFTOVERS = ".*.part"  # pattern of the temporary folders that `replacing` makes
 
 
 @contextmanager

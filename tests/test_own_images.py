@@ -1,5 +1,6 @@
 """Own images in every layout: folders with two or three splits, a flat folder, a CSV file; any size; from the disk."""
 
+import copy
 import csv
 import json
 import pickle
@@ -20,7 +21,7 @@ from cifar10.data.cache import PixelFile
 from cifar10.data.loaders import describe
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
-from train import get_dls
+from train import get_dls, get_learner
 
 
 @pytest.fixture
@@ -122,6 +123,16 @@ def test_a_table(flat, tmp_path):
         assert [dls.vocab[y] for y in dl.targets[0]] == [f"a {file.parent.name}" for file in dl.dataset.items]
     image, label = dls.valid_ds[0]
     assert dls.vocab[label] == f"a {dls.valid_ds.items[0].parent.name}" and image.size == (32, 32)
+
+
+def test_a_copy_knows_the_labels_of_a_table_and_an_exported_learner_no_file(flat, tmp_path):
+    files = sorted(flat.rglob("*.png"))
+    write_table(tmp_path / "labels.csv", [("image", "label"), *((file, f"a {file.parent.name}") for file in files)])
+    dls = get_dls(tmp_path / "labels.csv", batch_size=8)
+    again = copy.deepcopy(dls)
+    assert [again.vocab[y] for _, y in again.valid_ds] == [f"a {file.parent.name}" for file in again.valid_ds.items]
+    get_learner(dls, width=1, path=tmp_path).export("exported.pkl")
+    assert str(flat).encode() not in (tmp_path / "exported.pkl").read_bytes()
 
 
 def test_a_table_with_splits(flat, tmp_path):

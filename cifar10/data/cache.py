@@ -98,7 +98,7 @@ def build(path: Path, key: str, listing: Listing, size: int, fixed_ranges) -> tu
     print(f"Decoding {len(listing.images):,} images of {listing.name}, once …")
     files, step = [image.file for image in listing.images], images_at_once(size)
     broken: list[tuple[int, str]] = []
-    about: list[Decoded] = []  # of the other images, without pixels
+    about: list[Decoded] = []  # the other images, without pixels
     with replacing(path) as new:
         with new.open("wb") as file:
             for begin in range(0, len(files), step):

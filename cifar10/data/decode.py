@@ -21,7 +21,7 @@ from cifar10.text import printable
 
 SIZE = 32  # pixels along each side, as in CIFAR-10
 MIN_SIDE = 4  # pixels; a smaller image is a mistake
-OVERSHOOT = 0.1  # of floats from 0 to 1 that were resized
+OVERSHOOT = 0.1  # how far resizing may take floats out of the range from 0 to 1
 PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
 Image.init()
 # What Pillow opens, but for formats that it only recognizes, videos and vector graphics.
@@ -122,7 +122,7 @@ def read_file(item) -> Image.Image | np.ndarray:
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow keeps 8 of a color's 16 bits
     if deep and image.format == "PNG":
         return read_16_bit_png(image)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    tags = getattr(image, "tag_v2", {})  # only TIFF files have them
     bits, signed, white_is_0 = tags.get(258, (8,))[0], tags.get(339, (1,))[0] == 2, tags.get(262) == 0
     if (bits == 8 and signed) or (bits > 8 and white_is_0):
         raise ValueError("this kind of TIFF file is not supported, save it as PNG")

@@ -35,7 +35,8 @@ class Listing:
 
     def __init__(self, folder: Path, classes: dict[str, dict[str, list[Path]]], ignored: Counter, flat: bool = False):
         self.folder, self.flat, self.notes = folder, flat, list[str]()
-        self.name = printable(folder.parent.name if folder.is_file() else folder.name)
+        self.root = folder.parent if folder.is_file() else folder
+        self.name = printable(self.root.name)
         groups = [(split, label, files) for split, labels in classes.items() for label, files in labels.items()]
         self.images = [Item(split, label, file) for split, label, files in groups for file in files]
         for _, alike in groupby(sorted(classes["train"], key=simplified), key=simplified):
@@ -51,8 +52,7 @@ class Listing:
 
     def relative(self, file: Path) -> str:
         """A file's path below the data set's folder, if it is there."""
-        root = self.folder.parent if self.folder.is_file() else self.folder
-        return str(file.relative_to(root) if file.is_relative_to(root) else file)
+        return str(file.relative_to(self.root) if file.is_relative_to(self.root) else file)
 
 
 def list_folder(folder: Path) -> Listing:

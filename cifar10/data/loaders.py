@@ -158,6 +158,9 @@ class ClassOf:
     def __call__(self, file) -> str:
         return self.labels.get(file) or normalize("NFC", Path(file).parent.name)
 
+    def __deepcopy__(self, memo):
+        return self
+
     def __reduce__(self):  # an exported Learner does not hold the names of the files
         return ClassOf, ({},)
 
@@ -207,7 +210,7 @@ def class_notes(images: ImageTable, splits: list[np.ndarray], valid: str, weight
 
 
 def eval_split_name(images: ImageTable, valid: str) -> str:
-    """Which images a report is about."""
+    """The evaluated split: test, validation or held-out."""
     named = "test" if images.split_names[-1] == "test" else "validation"
     return "held-out" if valid == "holdout" or images.flat else named
 

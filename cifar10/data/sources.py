@@ -206,12 +206,12 @@ def clean_name(member: zipfile.ZipInfo) -> str:
     if not member.flag_bits & 0x800:  # not marked as UTF-8, but many programs write it nevertheless
         with suppress(UnicodeError):
             name = name.encode("cp437").decode()
-    return name.replace("\\", "/")  # of Windows
+    return name.replace("\\", "/")  # Windows separates folders so
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is one that people don't mean: hidden, or made by a system."""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # of macOS and of Synology's servers
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # made by macOS and by Synology's servers
 
 
 def check_size(sizes: Iterable[int], folder: Path):

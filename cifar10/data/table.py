@@ -15,7 +15,7 @@ from cifar10.data.sources import prepare_data
 from cifar10.errors import UserError
 from cifar10.text import enumerate_names
 
-HOLDOUT = 0.1  # of the training images, for hyperparameter selection without the test split
+HOLDOUT = 0.1  # part of the training images, to select hyperparameters without the test split
 HOLDOUT_SEED = 42  # the same for every run, so that runs with different seeds can be compared
 
 
