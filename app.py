@@ -7,11 +7,6 @@ from pathlib import Path
 from typing import Annotated
 from uuid import uuid4
 
-import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
-
-# isort: split
-import matplotlib
-import numpy as np
 import torch
 from PIL import ExifTags, Image
 
@@ -20,7 +15,7 @@ from cifar10.cli import import_extra
 from cifar10.data import decode_image
 from cifar10.errors import UserError
 from cifar10.files import write
-from cifar10.interpretation import GRADCAM_LAYERS, ImageClassifier, grad_cam
+from cifar10.interpretation import GRADCAM_LAYERS, ImageClassifier, overlay
 from cifar10.runs import WEIGHTS
 from cifar10.text import printable
 from model import ResNet
@@ -39,7 +34,7 @@ A ResNet that was trained on {title}, as a web page. `python app.py` starts it.
 
 
 def open_image(classifier: ImageClassifier, file: str | None) -> torch.Tensor | None:
-    """uint8 `(3, size, size)`, or none if there is no file. Raises Gradio's error for what is not an image."""
+    """uint8 `(3, size, size)`, or None without a file. Raises Gradio's error for what is not an image."""
     if not file:
         return None
     try:
@@ -48,28 +43,26 @@ def open_image(classifier: ImageClassifier, file: str | None) -> torch.Tensor | 
         raise import_extra("gradio", "app").Error("This file can't be read as an image; choose another one.") from None
 
 
-def classify(classifier: ImageClassifier, file: str | None, topk: int) -> dict[str, float] | None:
-    """Class → probability of the likeliest ones."""
+def likeliest_classes(classifier: ImageClassifier, file: str | None, topk: int) -> dict[str, float] | None:
+    """Class → probability, for the `topk` likeliest classes of the image."""
     pixels = open_image(classifier, file)
     if pixels is None:
         return None
     best = classifier.classify(pixels[None])[0].topk(int(topk))
-    return {printable(classifier.classes[k]): float(p) for p, k in zip(*best, strict=True)}
+    return {classifier.names[k]: float(p) for p, k in zip(*best, strict=True)}
 
 
-def explain(
+def evidence(
     classifier: ImageClassifier, file: str | None, layer: str, label: str, opacity: float
 ) -> Image.Image | None:
     """The image with the evidence for a class over it."""
     pixels = open_image(classifier, file)
     if pixels is None:
         return None
-    x, names = classifier.normalize(pixels[None]), [printable(name) for name in classifier.classes]
-    number = names.index(label) if label in names else int(classifier.classify(pixels[None]).argmax())
-    [heat] = grad_cam(classifier.model, x, torch.tensor([number], device=x.device), [getattr(classifier.model, layer)])
-    colors = matplotlib.colormaps["jet"](heat[0].cpu().numpy())[..., :3]
-    mixed = (1 - opacity) * pixels.permute(1, 2, 0).numpy() / 255 + opacity * colors
-    image = Image.fromarray(np.uint8(255 * mixed)).resize((DISPLAY_SIDE, DISPLAY_SIDE), Image.Resampling.NEAREST)
+    known = label in classifier.names
+    number = classifier.names.index(label) if known else int(classifier.classify(pixels[None]).argmax())
+    heat = classifier.grad_cam(pixels, number)[GRADCAM_LAYERS.index(layer)]
+    image = overlay(pixels, heat, opacity).resize((DISPLAY_SIDE, DISPLAY_SIDE), Image.Resampling.NEAREST)
     exif = Image.Exif()  # Gradio would write equal images to the same file, also while somebody downloads it
     exif[ExifTags.Base.ImageUniqueID] = uuid4().hex
     image.info["exif"] = exif.tobytes()
@@ -79,7 +72,7 @@ def explain(
 def build(classifier: ImageClassifier, folder: Path):
     """The page, as Gradio's Blocks."""
     gr = import_extra("gradio", "app")
-    names, many = [printable(name) for name in classifier.classes], len(classifier.classes)
+    many = len(classifier.classes)
     examples = [str(file) for file in sorted((folder / "examples").glob("*.png"))]
     wrong = [(str(file), file.stem.partition("-")[2]) for file in sorted((folder / "misclassified").glob("*.png"))]
     wrong = wrong or [str(file) for file in (folder / "misclassified.png",) if file.is_file()]
@@ -99,23 +92,23 @@ def build(classifier: ImageClassifier, folder: Path):
                     buttons=["download", "fullscreen"],  # and none that shares it
                 )  # fmt: skip
                 layer = gr.Radio(GRADCAM_LAYERS, value=GRADCAM_LAYERS[-1], label="Layer")
-                chosen = gr.Dropdown([LIKELIEST, *names], value=LIKELIEST, label="Evidence for")
+                chosen = gr.Dropdown([LIKELIEST, *classifier.names], value=LIKELIEST, label="Evidence for")
                 opacity = gr.Slider(0, 1, 0.5, label="Opacity", elem_id="opacity")
         if wrong:
             gr.Gallery(wrong, label="Misclassified images", columns=5, buttons=["download", "fullscreen"])
-        for function, inputs, output in (
-            (classify, [file, topk], label),
-            (explain, [file, layer, chosen, opacity], heat),
+        for name, function, inputs, output in (
+            ("classify", likeliest_classes, [file, topk], label),
+            ("explain", evidence, [file, layer, chosen, opacity], heat),
         ):
             changes = [part.change for part in inputs]
             # One at a time: the hooks of Grad-CAM would see the activations of another request.
             one = dict(concurrency_id="model", concurrency_limit=1)
-            gr.on(changes, partial(function, classifier), inputs, output, api_name=function.__name__, **one)
+            gr.on(changes, partial(function, classifier), inputs, output, api_name=name, **one)
     return page
 
 
 def write_space(classifier: ImageClassifier, weights: Path, folder: Path):
-    """A folder that a Hugging Face Space runs: this program, its package, the weights, what to install."""
+    """Write a folder that runs as a Hugging Face Space: this script, the package, the weights and requirements.txt."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; choose another --space")
     shutil.copytree(HERE / "cifar10", folder / "cifar10", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,7 +1,7 @@
 """Export a finished run to run elsewhere: `python export.py RUN --onnx model.onnx`, or `--torch model.pt2`.
 
 Both take uint8 images `(N, 3, size, size)`, any number at a time, and return probabilities `(N, classes)`. The class
-names stand in the file's metadata.
+names are in the metadata.
 """
 
 import io
@@ -60,10 +60,11 @@ def export(run: str, onnx: str | None, pt2: str | None):
         torch.export.save(program, file, extra_files=about)
         write(Path(pt2), file.getvalue())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's own, about its way of reading files
+            warnings.simplefilter("ignore")  # about how PyTorch itself reads the file
             check(pt2, expected, torch.export.load(pt2).module()(images))
     if onnx:
-        import_extra("onnx", "export"), import_extra("onnxscript", "export")
+        for package in ("onnx", "onnxscript"):  # which PyTorch imports
+            import_extra(package, "export")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["probabilities"])

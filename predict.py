@@ -5,18 +5,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
-
-# isort: split
 import pandas as pd
 import torch
-from fastai.vision.all import chunked
+from fastcore.basics import chunked
 
 from cifar10 import cli
 from cifar10.data import decode_image, images_at_once, list_images
 from cifar10.errors import UserError
 from cifar10.files import OutputFile, save_figure, write_csv, write_json
-from cifar10.interpretation import ImageClassifier, plot_explained
+from cifar10.interpretation import ImageClassifier, plot_image_grad_cam
 from cifar10.text import printable
 from model import ResNet
 
@@ -30,7 +27,7 @@ class Classifier(ImageClassifier):
 
 
 def find_files(images: list[str]) -> list[Path]:
-    """The files that were named, in their order: those of a folder by path, those of `-` from the standard input."""
+    """The files that `images` names, in order: those in a folder sorted by path, for `-` those that stdin lists."""
     files: list[Path] = []
     for name in images:
         if name == "-":
@@ -78,7 +75,7 @@ def main(
             if json:
                 probabilities[printable(some[i])] = dict(zip(classifier.classes, row.tolist(), strict=True))
             if gradcam:
-                explain(classifier, some[i], row, Path(gradcam))
+                write_grad_cam(classifier, some[i], row, Path(gradcam))
     columns = ["image", *(name for k in range(1, topk + 1) for name in (f"class {k}", f"probability {k}"))]
     if json:
         write_json(Path(json), probabilities)
@@ -96,12 +93,10 @@ def main(
         cli.fail(f"{failed:,} of {len(files):,} images can't be used", 1)
 
 
-def explain(classifier: Classifier, file: Path, probabilities, folder: Path):
+def write_grad_cam(classifier: Classifier, file: Path, probabilities: torch.Tensor, folder: Path):
     """Write a Grad-CAM of an image into the folder, under the image's name."""
     pixels = torch.from_numpy(decode_image(file, classifier.ranges, classifier.size))
-    names = [printable(label) for label in classifier.classes]
-    name = printable(file.name)
-    plot_explained(classifier.model, classifier.normalize(pixels), pixels / 255, names, probabilities, name)
+    plot_image_grad_cam(classifier, pixels, probabilities, printable(file.name))
     folder.mkdir(parents=True, exist_ok=True)
     target, number = folder / f"{file.stem}.png", 1
     while target.exists():  # of another image with the same name

@@ -104,8 +104,8 @@ def test_many_at_once(run):
             answers = {name: [job.result() for kind, job in jobs if kind == name] for name in calls}
     assert len(answers["/classify"]) == 10 and all(answer == answers["/classify"][0] for answer in answers["/classify"])
     assert {entry["label"] for entry in answers["/classify"][0]["confidences"]} == {"cross", "ring", "bar"}
-    classifier = app.Classifier.load(run, app.ResNet)
-    expected = app.explain(classifier, str(run.parents[1] / "photo.jpg"), "layer2", "ring", 0.5)
+    classifier = app.ImageClassifier.load(run, app.ResNet)
+    expected = app.evidence(classifier, str(run.parents[1] / "photo.jpg"), "layer2", "ring", 0.5)
     paths = [answer if isinstance(answer, str) else answer["path"] for answer in answers["/explain"]]
     assert len({*paths}) == 10  # or one would be written while another request downloads it
     for path in paths:
@@ -128,15 +128,18 @@ def test_a_space_runs_from_its_folder(run, tmp_path):
 
 
 def test_the_functions(run):
-    classifier = app.Classifier.load(run, app.ResNet)
+    classifier = app.ImageClassifier.load(run, app.ResNet)
     photo = str(run.parents[1] / "photo.jpg")
-    found = app.classify(classifier, photo, 2)
+    found = app.likeliest_classes(classifier, photo, 2)
     assert len(found) == 2 and list(found.values()) == sorted(found.values(), reverse=True)
-    one, other = (app.explain(classifier, photo, "layer1", label, 0.5) for label in ("ring", "cross"))
+    one, other = (app.evidence(classifier, photo, "layer1", label, 0.5) for label in ("ring", "cross"))
     assert one.size == (320, 320) and one.tobytes() != other.tobytes()
-    best = app.explain(classifier, photo, "layer1", app.LIKELIEST, 0.5)
-    assert best.tobytes() == app.explain(classifier, photo, "layer1", next(iter(found)), 0.5).tobytes()
-    assert app.classify(classifier, None, 2) is None and app.explain(classifier, None, "layer1", "ring", 0.5) is None
+    best = app.evidence(classifier, photo, "layer1", app.LIKELIEST, 0.5)
+    assert best.tobytes() == app.evidence(classifier, photo, "layer1", next(iter(found)), 0.5).tobytes()
+    assert (
+        app.likeliest_classes(classifier, None, 2) is None
+        and app.evidence(classifier, None, "layer1", "ring", 0.5) is None
+    )
 
 
 def test_without_gradio(run, monkeypatch, tmp_path):
@@ -144,7 +147,7 @@ def test_without_gradio(run, monkeypatch, tmp_path):
     with pytest.raises(
         app.UserError, match=r"gradio, which this needs, is not installed; install it with `make extras`"
     ):
-        app.build(app.Classifier.load(run, app.ResNet), run)
+        app.build(app.ImageClassifier.load(run, app.ResNet), run)
     done = command("app.py", run, "--port", 99999, cwd=tmp_path)
     assert done.returncode == 2 and "port is 99999; it must be from 1 to 65535" in done.stderr
     done = command("app.py", run, "--space", "space", "--share", cwd=tmp_path)

@@ -73,10 +73,14 @@ def test_in_a_jupyter_kernel(tmp_path, monkeypatch):
     assert repl.count("image/png") == 2 and "Error" not in repl
 
 
-@pytest.mark.parametrize("script", ["train.py", "interpret.py", "-m benchmarks.tables"])
-def test_a_backend_that_is_not_installed(script):
+@pytest.mark.parametrize("script", ["train.py", "interpret.py", "predict.py", "app.py", "-m benchmarks.tables"])
+def test_a_backend_that_is_not_installed(script, tmp_path):
+    """Started by a notebook of another environment. Without matplotlib-inline, `import matplotlib` refuses its name."""
+    hidden = "import importlib.metadata as m\nm.entry_points = lambda **_: m.EntryPoints()\n"
+    (tmp_path / "sitecustomize.py").write_text(hidden)  # as if matplotlib-inline were not installed
     command = [sys.executable, *script.split(), "--help"]
-    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend", "PYTHONPATH": str(ROOT)}
+    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment = {**os.environ, **backend, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 

@@ -6,16 +6,3 @@ from cifar10.data.listing import list_images
 from cifar10.data.loaders import TensorDL, build_dls, describe, eval_split_name
 from cifar10.data.sources import prepare_data
 from cifar10.data.table import ImageTable
-
-__all__ = [
-    "SIZE",
-    "ImageTable",
-    "TensorDL",
-    "build_dls",
-    "decode_image",
-    "describe",
-    "eval_split_name",
-    "images_at_once",
-    "list_images",
-    "prepare_data",
-]

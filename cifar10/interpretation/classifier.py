@@ -1,8 +1,7 @@
-"""A trained model as a classifier: files or images → probabilities, with nothing but the run's weights."""
+"""A trained model as a classifier: files or images → probabilities. It needs nothing but the run's weights file."""
 
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,21 @@ from cifar10.data.decode import decode_files, decode_image
 from cifar10.errors import CorruptFileError, UserError
 from cifar10.files import load_tensors
 from cifar10.hardware import get_device, resolve_precision
-from cifar10.interpretation.predictions import views
+from cifar10.interpretation.gradcam import grad_cam
+from cifar10.interpretation.predictions import TTA
 from cifar10.runs.run import FORMAT, WEIGHTS
+from cifar10.text import printable
 from cifar10.training.recipes import Recipe
 
-MIN_BATCHES_FOR_BAR = 8  # fewer are done before a progress bar would be read
+MIN_BATCHES_FOR_BAR = 8  # fewer end before anyone could read a progress bar
 
 
 class ImageClassifier:
-    """A model with all that its inputs and outputs depend on.
+    """A model with everything that its inputs and outputs depend on.
 
-    `classes` are the names of the outputs, `size` is the images' side in pixels; `ranges`, `mean` and `std` are how
-    images become inputs, as in training. `device` and `precision` are as in training, "auto" for the fastest here.
+    `classes` are the names of the outputs, and `names` how they are displayed. `size` is the images' side in pixels;
+    `ranges`, `mean` and `std` turn images into inputs, as in training. `device` and `precision` are as in training,
+    "auto" for the fastest here.
     """
 
     def __init__(self, model: nn.Module, data: dict[str, Any], recipe: Recipe, device="auto", precision="auto"):
@@ -34,12 +36,13 @@ class ImageClassifier:
         self.precision = resolve_precision(precision, self.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore
         self.recipe, self.name, self.classes, self.size = recipe, data["name"], list(data["classes"]), int(data["size"])
+        self.names = [printable(label) for label in self.classes]
         self.ranges = {kind: tuple(limits) for kind, limits in data["ranges"].items()}
         self.mean, self.std = (torch.tensor(data[key]).to(self.device)[:, None, None] for key in ("mean", "std"))
 
     @classmethod
     def load(cls, run: str | Path, model_class, device="auto") -> "ImageClassifier":
-        """The classifier in the folder of a run, or in its weights file alone. Nothing is unpickled.
+        """Load the classifier from the folder of a run, or from its weights file alone. Nothing is unpickled.
 
         `model_class` builds the model from its saved arguments.
         Raises `UserError` if there are no weights, or if they are damaged or of another format.
@@ -64,44 +67,39 @@ class ImageClassifier:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 `(N, 3, size, size)` → the model's inputs, on its device, as fastai's transforms compute them."""
-        pixels = pixels.to(self.device)
-        return ((pixels.float().div_(255.0)) - self.mean) / self.std
+        return (pixels.to(self.device).float().div_(255.0) - self.mean) / self.std
 
     @torch.no_grad()
-    def classify(self, pixels: Tensor, tta: bool = False) -> Tensor:
+    def classify(self, pixels: Tensor | list[np.ndarray], tta: bool = False) -> Tensor:
         """Probabilities `(N, classes)` for uint8 `(N, 3, size, size)`, in batches as large as in training."""
-        probabilities, batches = [], pixels.split(self.recipe.batch_size)
-        visible = (
-            len(batches) > MIN_BATCHES_FOR_BAR and sys.stdout.isatty()
-        )  # the output of predict.py may be a table in a file
+        images = torch.from_numpy(np.asarray(pixels, np.uint8).reshape(-1, 3, self.size, self.size))
+        model = TTA(self.model, self.recipe.flip) if tta else self.model
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        probabilities, batches = [], images.split(self.recipe.batch_size)
+        # The output of predict.py may be a table in a file.
+        visible = len(batches) > MIN_BATCHES_FOR_BAR and sys.stdout.isatty()
         for batch in progress_bar(batches, leave=False) if visible else batches:
-            x = self.normalize(batch)
-            if tta:
-                weighted = [weight * self.logits(view(x)) for weight, view in views(self.recipe.flip)]
-                logits = torch.stack(weighted).sum(dim=0)
-            else:
-                logits = self.logits(x)
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                logits = model(self.normalize(batch)).float()
             probabilities.append(logits.softmax(dim=1).cpu())
         return torch.cat([torch.empty(0, len(self.classes)), *probabilities])
-
-    def logits(self, x: Tensor) -> Tensor:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
-            return self.model(x).float()
 
     def predict(self, images: Sequence | Any, tta: bool = False) -> Tensor:
         """Probabilities `(N, classes)` of images: paths, PIL images, arrays or tensors, see `decode_image`; or of one.
 
-        `tta` averages six views, as `tta_accuracy` does. Raises `UserError` for what is not an image.
+        `tta` averages six views, see `TTA`. Raises `UserError` for what is not an image.
         """
         single = isinstance(images, (str, Path)) or getattr(images, "ndim", 4) < 4 or not isinstance(images, Iterable)
         decoded = [decode_image(image, self.ranges, self.size) for image in ([images] if single else images)]
-        return self.classify(torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, self.size, self.size)), tta)
+        return self.classify(decoded, tta)
 
     def predict_files(self, files: Sequence[Path], tta: bool = False) -> tuple[Tensor, list[int], dict[int, str]]:
-        """Probabilities of the images that can be read, their numbers, and number → why of the others."""
+        """Probabilities of the images that can be read, their positions, and position → reason for the others."""
         decoded = decode_files(list(files), self.ranges, self.size)
         broken = {i: item for i, item in enumerate(decoded) if isinstance(item, str)}
         good = [i for i in range(len(decoded)) if i not in broken]
-        pixels = np.array([decoded[i].pixels for i in good], np.uint8).reshape(-1, 3, self.size, self.size)
-        return self.classify(torch.from_numpy(pixels), tta), good, broken
+        return self.classify([decoded[i].pixels for i in good], tta), good, broken
+
+    def grad_cam(self, pixels: Tensor, label: int) -> Tensor:
+        """Where an image, uint8 `(3, size, size)`, has evidence for a class: `(layers, size, size)`, see `grad_cam`."""
+        return grad_cam(self.model, self.normalize(pixels[None]), torch.tensor([label]))[:, 0].cpu()

@@ -1,6 +1,7 @@
-"""Class names in plots: short enough for their place, and in letters that a font has."""
+"""Class names in plots: short enough for the space there is, and in fonts that have their letters."""
 
 import unicodedata
+from collections import Counter
 from functools import lru_cache, wraps
 
 from matplotlib import font_manager, rcParams
@@ -12,7 +13,7 @@ LAST_RESORT = "Last Resort High-Efficiency"  # matplotlib's font of boxes
 
 
 def width(text: str) -> float:
-    """Columns that `text` takes, an average letter being one: Chinese, Japanese and Korean characters take two."""
+    """Columns that `text` takes: one for an average letter, two for a Chinese, Japanese or Korean character."""
     return sum(columns(character) for character in text)
 
 
@@ -25,7 +26,7 @@ def columns(character: str) -> float:
 
 
 def shorten_middle(text: str, limit: int) -> str:
-    """`text` in at most `limit` columns: the middle becomes an ellipsis, because ends tell names apart best."""
+    """Shorten `text` to `limit` columns: an ellipsis replaces the middle, because the ends tell names apart best."""
     if width(text) <= limit:
         return text
     head, tail = text, text
@@ -37,44 +38,41 @@ def shorten_middle(text: str, limit: int) -> str:
 
 
 @lru_cache
-def has_glyph(file: str, character: str) -> bool:
-    """Whether matplotlib can draw a character with the font in `file`; it can't with color fonts, for example."""
+def letters_in(file: str) -> frozenset[str]:
+    """The letters that a font file has; none if it can't be read, for example because it was removed."""
     try:
-        font = font_manager.get_font(file)
-        font.set_size(10, 100)
-        return bool(font.get_char_index(ord(character)) and font.load_char(ord(character)))
-    except Exception:  # FreeType's errors have many types
-        return False
+        return frozenset(map(chr, font_manager.get_font(file).get_charmap()))
+    except (OSError, RuntimeError):
+        return frozenset()
 
 
 def fonts_for(text: str) -> tuple[list[str], set[str]]:
     """Font families that draw `text`: the default, and others of this system for the letters that it lacks.
 
-    Also returns the letters that no font has.
+    Also returns the letters that no font has. matplotlib takes each letter from the first family that has it.
     """
-    families, default = list(rcParams["font.family"]), font_manager.findfont(font_manager.FontProperties())
-    missing = {c for c in text if not c.isspace() and not has_glyph(default, c)}
-    for font in font_manager.fontManager.ttflist if missing else ():
-        found = {c for c in missing if has_glyph(font.fname, c)} if font.name != LAST_RESORT else set()
-        if found:
+    families = list(rcParams["font.family"])
+    missing = {*"".join(text.split())} - letters_in(font_manager.findfont(font_manager.FontProperties()))
+    for font in font_manager.fontManager.ttflist:
+        if missing and font.name != LAST_RESORT and missing & letters_in(font.fname):
             families.append(font.name)
-            missing -= found
+            missing -= letters_in(font.fname)
     return families, missing
 
 
 def display_names(names: list[str], limit: int) -> list[str]:
-    """The names as they appear in a plot: in `limit` columns, all different, "class 3" if no font has the letters."""
+    """The names as a plot shows them: in `limit` columns, all different, and "class 3" if no font has the letters."""
     _, missing = fonts_for("".join(names))
     shown = [f"class {i}" if missing & set(name) else shorten_middle(name, limit) for i, name in enumerate(names)]
-    count = {name: shown.count(name) for name in shown} if len({*shown}) < len(shown) else {}
+    count = Counter(shown)
     return [
-        f"{i}: {shorten_middle(names[i], max(limit - 3 - len(str(i)), 5))}" if count.get(name, 1) > 1 else name
+        f"{i}: {shorten_middle(names[i], max(limit - 3 - len(str(i)), 5))}" if count[name] > 1 else name
         for i, name in enumerate(shown)
     ]
 
 
 def wrap(text: str, limit: int) -> list[str]:
-    """`text` in lines of at most `limit` columns."""
+    """Split `text` into lines of at most `limit` columns."""
     lines = [""]
     for c in text:
         lines = [*lines, c] if width(lines[-1] + c) > limit else [*lines[:-1], lines[-1] + c]

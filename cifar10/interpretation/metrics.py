@@ -3,13 +3,15 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import sklearn.metrics as skm
+import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar10.interpretation.predictions import Interpretation, log_probabilities
+from cifar10.interpretation.predictions import Interpretation
 
 BINS = 15  # of confidence, as in Guo et al.
 
@@ -24,7 +26,10 @@ def per_class(interp: Interpretation) -> dict[str, dict[str, float | int | None]
 
 
 def macro(classes: dict[str, dict]) -> dict[str, float]:
-    """The means over the classes that have images; what is undefined for one, if never predicted, counts as 0."""
+    """The means over the classes that have images.
+
+    A value that is undefined, such as the precision of a class that is never predicted, counts as 0.
+    """
     rows = [row for row in classes.values() if row["images"]]
     return {key: float(np.mean([row[key] or 0.0 for row in rows])) for key in ("precision", "recall", "f1")}
 
@@ -36,16 +41,12 @@ def confidence_interval(interp: Interpretation) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def reliability(preds: Tensor, targs: Tensor) -> list[tuple[float, float, int]]:
-    """Of the images in each bin of confidence: mean confidence, accuracy and number; empty bins are left out."""
+def reliability(preds: Tensor, targs: Tensor) -> pd.DataFrame:
+    """Mean `confidence`, `accuracy` and number of `images` of each bin of confidence that has images."""
     confidence, decoded = preds.max(dim=1)
     bins = (confidence * BINS).long().clamp_max(BINS - 1)
-    found = [(bins == number).nonzero().flatten() for number in range(BINS)]
-    return [
-        (confidence[rows].mean().item(), (decoded[rows] == targs[rows]).double().mean().item(), len(rows))
-        for rows in found
-        if len(rows)
-    ]
+    images = pd.DataFrame({"confidence": confidence.double(), "accuracy": decoded == targs, "images": 1})
+    return images.groupby(bins.numpy()).agg({"confidence": "mean", "accuracy": "mean", "images": "sum"})
 
 
 def calibration_error(preds: Tensor, targs: Tensor) -> float:
@@ -53,11 +54,17 @@ def calibration_error(preds: Tensor, targs: Tensor) -> float:
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", 2017.
     """
-    return sum(n * abs(confidence - accuracy) for confidence, accuracy, n in reliability(preds, targs)) / len(targs)
+    bins = reliability(preds, targs)
+    return float(np.average((bins.confidence - bins.accuracy).abs(), weights=bins.images))
+
+
+def log_probabilities(preds: Tensor) -> Tensor:
+    """The logits, up to a constant for each image."""
+    return preds.clamp_min(torch.finfo(preds.dtype).tiny).log()
 
 
 def fit_temperature(preds: Tensor, targs: Tensor) -> float:
-    """The number to divide the logits by for the lowest cross-entropy. Fit it on images of their own."""
+    """The number to divide the logits by for the lowest cross-entropy. Fit it on held-out images."""
     logits = log_probabilities(preds.double())
     loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targs).item()  # noqa: E731
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
@@ -68,29 +75,30 @@ def with_temperature(preds: Tensor, temperature: float) -> Tensor:
 
 
 def summarize(interp: Interpretation, temperature: float | None = None) -> dict[str, Any]:
-    """The metrics of an `Interpretation`, as they stand in metrics.json."""
+    """The metrics of an `Interpretation`, as in metrics.json."""
     classes = per_class(interp)
-    calibration = dict(calibration_error=calibration_error(interp.preds, interp.targs), temperature=temperature)
-    if temperature:
-        preds = with_temperature(interp.preds, temperature)
-        calibration["calibration_error_with_temperature"] = calibration_error(preds, interp.targs)
-    return dict(
+    metrics = dict(
         accuracy=interp.accuracy,
         accuracy_interval=confidence_interval(interp),
         loss=interp.losses.mean().item(),
         images=len(interp.targs),
         macro=macro(classes),
-        **calibration,
-        per_class=classes,
+        calibration_error=calibration_error(interp.preds, interp.targs),
+        temperature=temperature,
     )
+    if temperature:
+        preds = with_temperature(interp.preds, temperature)
+        metrics["calibration_error_with_temperature"] = calibration_error(preds, interp.targs)
+    return metrics | dict(per_class=classes)
 
 
 def likely_label_errors(interp: Interpretation, count: int) -> Tensor:
-    """Rows of the misclassified images of whose class the model is surest: candidates for wrong labels.
+    """Misclassified images, most confident first: the rows of `count` candidates for wrong labels.
 
-    Ordered by how much likelier the predicted class is than the label. Meaningful for images that the model has not
-    been trained on. Source: Northcutt et al., "Confident Learning: Estimating Uncertainty in Dataset Labels", 2021.
+    They are ordered by how much likelier the predicted class is than the label. The list is meaningful for images that
+    the model has not been trained on.
+    Source: Northcutt et al., "Confident Learning: Estimating Uncertainty in Dataset Labels", 2021.
     """
-    wrong = (interp.decoded != interp.targs).nonzero().flatten()
+    wrong = interp.misclassified()
     margin = interp.preds[wrong].amax(dim=1) - interp.preds[wrong, interp.targs[wrong]]
     return wrong[margin.argsort(descending=True, stable=True)][:count]

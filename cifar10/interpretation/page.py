@@ -1,4 +1,4 @@
-"""The report as a web page, report.html: one file with all of it inside, which loads nothing from a server."""
+"""The report as a web page, report.html: one file that holds everything and loads nothing from a server."""
 
 import base64
 import shlex
@@ -13,7 +13,7 @@ from fastcore import xml
 from cifar10.data import eval_split_name
 from cifar10.files import read_csv, write
 from cifar10.interpretation.predictions import Interpretation, tta_accuracy
-from cifar10.interpretation.report import SUSPECTS, TEXTS, WHAT_SUSPECTS_MEAN, percent, statements, tables, write_report
+from cifar10.interpretation.report import NOTES, TEXTS, percent, statements, tables, write_report
 from cifar10.processes import on_rank0
 from cifar10.runs.run import Run
 from cifar10.text import printable
@@ -35,23 +35,23 @@ th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align:
 th { white-space: nowrap; } td:first-child { min-width: 4.5rem; } code { font-size: .9em; }
 """
 CAPTIONS = {
-    "lr_find": ("LR finder", "Loss of each step while the learning rate rises, and the learning rates that follow."),
+    "lr_find": ("LR finder", "Loss of each step while the learning rate rises, and the learning rates chosen from it."),
     "curves": ("Training", "Loss and accuracy after each epoch, and the learning rate of each step."),
     "confusion_matrix": ("Confusion matrix", "How often each class is predicted for each actual class."),
-    "misclassified": ("Hardest images", "Those misclassified worst; if these are few, the least certain ones, too."),
+    "misclassified": ("Hardest images", "The worst misclassified images and, if they are few, the least certain ones."),
     "gradcam": ("Grad-CAM", "Where the evidence for the predicted class lies, and for the actual one (or runner-up)."),
     "calibration": ("Calibration", "Accuracy of the predictions with each probability; below, how many there are."),
 }
 
 
 def table(header: list[str], rows: list[list[str]]) -> xml.FT:
-    kinds = [None if name in ("", *TEXTS) else "number" for name in header]
+    kinds = [None if name in TEXTS else "number" for name in header]
 
     def row(tag, cells: list[str]) -> xml.FT:
         return xml.Tr(*(tag(cell, cls=kind) for cell, kind in zip(cells, kinds, strict=True)))
 
     head, body = [xml.Thead(row(xml.Th, header))] * any(header), xml.Tbody(*(row(xml.Td, cells) for cells in rows))
-    return xml.Div(xml.Table(*head, body), cls="wide", tabindex="0")  # to be scrolled with keys
+    return xml.Div(xml.Table(*head, body), cls="wide", tabindex="0")  # so that keys can scroll it
 
 
 def plot(file: Path, title: str, caption: str) -> xml.FT:
@@ -73,7 +73,7 @@ def command(options: Options) -> str:
 
 
 def facts(run: Run, metrics: dict[str, Any]) -> list[list[str]]:
-    """What was trained, on what, and with what."""
+    """What was trained, on which data, with which settings and hardware."""
     config, data, hardware = run.config, run.config["data"], run.config["hardware"]
     splits = ", ".join(f"{data[name]:,} {name}" for name in ("train", "valid", "test") if data.get(name))
     side, recipe, low, high = data["size"], run.recipe, config["lr_min"], config["lr_max"]
@@ -96,7 +96,7 @@ def facts(run: Run, metrics: dict[str, Any]) -> list[list[str]]:
 
 
 def results(run: Run, metrics: dict[str, Any], own: bool) -> xml.FT:
-    """The accuracies, and the notebook's beside them where the data is CIFAR-10."""
+    """The accuracies and the loss; for CIFAR-10, also the accuracy of the assignment's notebook."""
     rows = [["accuracy", percent(metrics["accuracy"], 2)]]
     if "tta_accuracy" in metrics:
         rows.append(["accuracy with test-time augmentation", percent(metrics["tta_accuracy"], 2)])
@@ -114,8 +114,7 @@ def write_html(interp: Interpretation, metrics: dict[str, Any], run: Run, folder
     plots = {folder / f"{name}.png": about for name, about in CAPTIONS.items()}
     parts += [plot(file, *about) for file, about in plots.items() if file.is_file()]
     for name, (header, rows) in tables(interp, metrics).items():
-        explained = [xml.P(WHAT_SUSPECTS_MEAN)] if name == SUSPECTS else []
-        parts.append(xml.Section(xml.H2(name), *explained, table(header, rows)))
+        parts.append(xml.Section(xml.H2(name), *map(xml.P, NOTES.get(name, [])), table(header, rows)))
     parts.append(xml.Section(xml.H2("The run"), table(["", ""], facts(run, run.metrics | metrics))))
     metas = xml.Meta(charset="utf-8"), xml.Meta(name="viewport", content="width=device-width, initial-scale=1")
     head, body = xml.Head(*metas, xml.Title(title), xml.Style(STYLE)), xml.Body(xml.Main(xml.H1(title), *parts))

@@ -7,19 +7,21 @@ import numpy as np
 import sklearn.metrics as skm
 import torch
 from matplotlib import pyplot as plt
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from cifar10.files import read_csv
+from cifar10.interpretation.classifier import ImageClassifier
 from cifar10.interpretation.fonts import display_names, fonts_for, shorten_middle, width, with_fonts, wrap
-from cifar10.interpretation.gradcam import grad_cam
+from cifar10.interpretation.gradcam import GRADCAM_LAYERS, grad_cam
 from cifar10.interpretation.metrics import BINS, calibration_error, reliability
 from cifar10.interpretation.predictions import Interpretation
 
 N_MISCLASSIFIED = 20  # the assignment asks for 20
 N_GRADCAM = 10  # of them get a Grad-CAM
 MAX_CONFUSION = 25  # classes; of more, the confusion matrix is too large to read
-GRADCAM_LAYERS = ("layer1", "layer2", "layer3")  # as in the assignment's notebook
-GRADCAM_LEVELS = [f"After {name.capitalize()}" for name in GRADCAM_LAYERS]
+LEVELS = ["Image", *(f"After {name.capitalize()}" for name in GRADCAM_LAYERS)]  # the panels of a Grad-CAM
 TRAIN_COLOR, VALID_COLOR, LR_COLOR = "tab:blue", "tab:orange", "tab:green"
 
 
@@ -40,11 +42,9 @@ def plot_curves(folder: Path):
     marker = "." if len(at) < 50 else None
     loss.plot(at, batches["loss"], marker=marker, color=TRAIN_COLOR, alpha=0.4, label="train, each step")
     for ax, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
-        for split, color, label in (
-            ("train", TRAIN_COLOR, "train, mean of the epoch"),
-            ("valid", VALID_COLOR, "valid"),
-        ):
+        for split, color in (("train", TRAIN_COLOR), ("valid", VALID_COLOR)):
             values = [scale * value for value in history[f"{split}_{quantity}"]]
+            label = "train, mean of the epoch" if split == "train" else "valid"
             ax.plot(history["epoch"], values, "o-", color=color, markersize=4, label=label)
         ax.grid(alpha=0.3)
         ax.legend()
@@ -67,16 +67,15 @@ def plot_confusion(interp: Interpretation):
     matrix, names = interp.confusion_matrix(), np.array(display_names(interp.names, 24))
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(1)  # of the actual class, which may have few images
     many = len(names) > MAX_CONFUSION
-    figure, axes = plt.subplots(
-        1, 1 + many, figsize=(17, 10.5) if many else (9, 9), layout="constrained", squeeze=False
-    )
+    size = (17, 10.5) if many else (9, 9)  # inches
+    figure, axes = plt.subplots(1, 1 + many, figsize=size, layout="constrained", squeeze=False)
     if many:
         whole = axes[0, 0]
         whole.imshow(shares, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.3))  # shows small ones, too
         whole.set(xlabel="Predicted class, by number", ylabel="Actual class, by number")
-        whole.set_title("All classes; the darker, the larger the part of the actual class")
+        whole.set_title("All classes; the darker, the larger the share of the actual class")
         part = most_confused_classes(matrix, MAX_CONFUSION)
-        axes[0, 1].set_title(f"The {len(part)} classes that are confused most")
+        axes[0, 1].set_title(f"The {len(part)} most confused classes")
         matrix, shares, names = matrix[np.ix_(part, part)], shares[np.ix_(part, part)], names[part]
     display = skm.ConfusionMatrixDisplay(shares, display_labels=names)
     display.plot(ax=axes[0, -1], cmap="Blues", colorbar=False, xticks_rotation="vertical",
@@ -88,14 +87,14 @@ def plot_confusion(interp: Interpretation):
 
 
 def most_confused_classes(matrix: np.ndarray, count: int) -> list[int]:
-    """`count` classes in order: those of the largest numbers beside the diagonal."""
+    """The `count` classes with the largest numbers off the diagonal, in order."""
     order = np.argsort(-np.triu(matrix + matrix.T, 1), axis=None, kind="stable")
     classes = np.stack(divmod(order, len(matrix)), axis=1).flatten()  # of one pair after the other
     return sorted(list(dict.fromkeys(classes.tolist()))[:count])
 
 
 def caption(interp: Interpretation, names: list[str], row: int, kind: str, label: int, limit: int) -> str:
-    """What an image is, and with which probability; the name has lines of its own if `limit` columns don't hold all."""
+    """A class and its probability. The name gets lines of its own if all of it does not fit into `limit` columns."""
     name, probability = names[label], f"{interp.preds[row, label]:.0%}"
     if max(map(width, names)) + len(f"{kind}:  (100%)") <= limit:
         return f"{kind}: {name} ({probability})"
@@ -109,7 +108,7 @@ def caption(interp: Interpretation, names: list[str], row: int, kind: str, label
 def plot_misclassified(interp: Interpretation):
     """The worst misclassified images with the probabilities of the actual and of the predicted class.
 
-    If there are fewer than 20, the correctly classified ones follow that the model is least certain of.
+    If there are fewer than 20, the least certain correct images follow.
     """
     shown = interp.hardest(N_MISCLASSIFIED)
     names = display_names(interp.names, 22)
@@ -117,19 +116,18 @@ def plot_misclassified(interp: Interpretation):
     rows, lines = -(-len(shown) // 5), 1 + max(text.count("\n") for text in captions)
     height = 0.5 + (1.9 + 0.15 * lines) * rows  # inches
     figure, axes = plt.subplots(rows, 5, figsize=(10, height), layout="constrained", squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
     for ax, text, image, row in zip(axes.flat, captions, interp.images(shown)[1].cpu(), shown):
-        ax.axis("on")
         show_image(ax, image, text)
         ax.title.set_color("black" if interp.decoded[row] != interp.targs[row] else "tab:green")
+    for ax in axes.flat[len(shown) :]:
+        ax.axis("off")
     what = which_images(interp, len(shown))
     green = "; green: correct" * (0 < len(interp.misclassified()) < len(shown))
     figure.suptitle(f"{what[0].upper()}{what[1:]} (out of {len(interp.targs):,}{green})")
 
 
 def which_images(interp: Interpretation, shown: int) -> str:
-    """What the `shown` hardest images are."""
+    """What the `shown` hardest images are, for a title."""
     wrong = len(interp.misclassified())
     if wrong > shown:
         return f"the {shown} worst of {wrong:,} misclassified images"
@@ -139,6 +137,27 @@ def which_images(interp: Interpretation, shown: int) -> str:
     certain = f"the {count} least certain correct images" if count > 1 else "the least certain correct image"
     misclassified = f"all {wrong} misclassified" if wrong > 1 else "the one misclassified"
     return f"{misclassified} and {certain}" if wrong else f"{certain}, as none is misclassified"
+
+
+def overlay(pixels: Tensor, heat: Tensor, opacity: float) -> Image.Image:
+    """An image, uint8 `(3, H, W)`, under the colors of a heat map `(H, W)`."""
+    colors = Image.fromarray(matplotlib.colormaps["jet"](heat.numpy(), bytes=True)).convert("RGB")
+    return Image.blend(to_pil_image(pixels), colors, opacity)
+
+
+def show_levels(axes, image: Tensor, heat: Tensor, titles: list[str]):
+    """The image, and the image under the heat map `(H, W)` of each layer. Returns the last one, for a color bar."""
+    for ax, title in zip(axes, titles, strict=True):
+        show_image(ax, image, title)
+    for ax, level in zip(axes[1:], heat, strict=True):
+        shown = ax.imshow(level, cmap="jet", alpha=0.5, vmin=0, vmax=1)
+    return shown
+
+
+def add_evidence_bar(figure, shown, label: str, **place):
+    bar = figure.colorbar(shown, ticks=[0, 1], **place)
+    bar.ax.set_yticklabels(["none", "most"])
+    bar.set_label(label, labelpad=-18)
 
 
 @with_fonts
@@ -153,71 +172,52 @@ def plot_grad_cam(interp: Interpretation):
     bands = -(-len(rows) // per_band)
     figure = plt.figure(figsize=(14, 6.4 * bands))
     inputs, images = interp.images(rows)
-    layers = [getattr(interp.learn.model, name) for name in GRADCAM_LAYERS]
     pairs = [interp.two_classes(row) for row in rows]
     captions = [[caption(interp, names, row, *each, 13) for each in pair] for row, pair in zip(rows, pairs)]
     lines = 1 + max(text.count("\n") for pair in captions for text in pair)
-    classes = torch.tensor([pair[side][1] for side in (0, 1) for pair in pairs])
-    twice = torch.cat([inputs, inputs])
-    heat = torch.stack(grad_cam(interp.learn.model, twice, classes.to(inputs.device), layers)).cpu()
-    images = images.cpu()
+    classes = torch.tensor([label for pair in pairs for _, label in pair])
+    heat = grad_cam(interp.learn.model, inputs.repeat_interleave(2, dim=0), classes).cpu().unflatten(1, (-1, 2))
     grid = figure.add_gridspec(
-        bands * 5 - 1, per_band * 3 - 1,
-        width_ratios=([1, 1, 0.15] * per_band)[:-1],
-        height_ratios=([1] * 4 + [0.6]) * (bands - 1) + [1] * 4,
-        left=0.06, right=0.93, top=1 - (0.5 + 0.15 * lines) / (6.4 * bands), bottom=0.02, wspace=0.05, hspace=0.05,
+        bands, per_band, left=0.06, right=0.93, top=1 - (0.5 + 0.15 * lines) / (6.4 * bands), bottom=0.02,
+        wspace=0.075, hspace=0.15,
     )  # fmt: skip
-    for i in range(len(rows)):
-        band, place = divmod(i, per_band)
+    for i, image in enumerate(images.cpu()):
+        axes = grid[i].subgridspec(len(LEVELS), 2, wspace=0.05, hspace=0.05).subplots(squeeze=False)
         for side, text in enumerate(captions[i]):
-            for level in range(4):
-                ax = figure.add_subplot(grid[band * 5 + level, place * 3 + side])
-                show_image(ax, images[i], text if level == 0 else "")
-                if level:  # heat is (layers, 2n, H, W)
-                    shown = ax.imshow(heat[level - 1, side * len(rows) + i], cmap="jet", alpha=0.5, vmin=0, vmax=1)
-                if place == side == 0:
-                    ax.set_ylabel(["Image", *GRADCAM_LEVELS][level])
-    bar = figure.colorbar(shown, cax=figure.add_axes((0.95, 0.25, 0.012, 0.5)), ticks=[0, 1])
-    bar.ax.set_yticklabels(["none", "most"])
-    bar.set_label("evidence for the class named above, relative to the map's maximum", labelpad=-18)
+            shown = show_levels(axes[:, side], image, heat[:, i, side], [text, "", "", ""])
+        if i % per_band == 0:
+            for ax, level in zip(axes[:, 0], LEVELS):
+                ax.set_ylabel(level)
+    what = "evidence for the class named above, relative to the map's maximum"
+    add_evidence_bar(figure, shown, what, cax=figure.add_axes((0.95, 0.25, 0.012, 0.5)))
     figure.suptitle(f"Grad-CAM, the evidence for each class, of {which_images(interp, len(rows))}")
 
 
-def plot_explained(model: nn.Module, image: Tensor, pixels: Tensor, names: list[str], probabilities: Tensor,
-                   file: str):  # fmt: skip
-    """The Grad-CAM of the likeliest class of a file's image `(3, H, W)`: as the model's input, and in [0, 1]."""
-    fonts, missing = fonts_for("".join([*names, file]))
-    titles = ["Image" if missing & {*file} else shorten_middle(file, 30), *GRADCAM_LEVELS]
+def plot_image_grad_cam(classifier: ImageClassifier, pixels: Tensor, probabilities: Tensor, file: str):
+    """The Grad-CAM of an image's likeliest class. The image is uint8 `(3, size, size)`; `file` is its name."""
+    fonts, missing = fonts_for("".join([*classifier.names, file]))
     label = int(probabilities.argmax())
-    layers = [getattr(model, name) for name in GRADCAM_LAYERS]
-    heat = grad_cam(model, image[None], torch.tensor([label], device=image.device), layers)
     with plt.rc_context({"font.family": fonts, "text.parse_math": False}):
-        figure, axes = plt.subplots(1, 1 + len(layers), figsize=(10, 3.4), layout="constrained")
-        for ax, title, level in zip(axes, titles, [None, *heat], strict=True):
-            show_image(ax, pixels, title)
-            if level is not None:
-                shown = ax.imshow(level[0].cpu(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
-        bar = figure.colorbar(shown, ax=axes, ticks=[0, 1], shrink=0.6)
-        bar.ax.set_yticklabels(["none", "most"])
-        bar.set_label("evidence", labelpad=-18)
-        name = display_names(names, 40)[label]
+        figure, axes = plt.subplots(1, len(LEVELS), figsize=(10, 3.4), layout="constrained")
+        title = "Image" if missing & {*file} else shorten_middle(file, 30)
+        shown = show_levels(axes, pixels, classifier.grad_cam(pixels, label), [title, *LEVELS[1:]])
+        add_evidence_bar(figure, shown, "evidence", ax=axes, shrink=0.6)
+        name = display_names(classifier.names, 40)[label]
         figure.suptitle(f"Grad-CAM: the evidence for {name}, the likeliest class ({probabilities[label]:.0%})")
 
 
 def plot_calibration(interp: Interpretation):
-    """The reliability diagram: how often the model is right, where it claims to be right with a probability."""
+    """The reliability diagram: accuracy against the probability of the predicted class."""
     bins = reliability(interp.preds, interp.targs)
-    confidence, accuracy, counts = (np.array(column) for column in zip(*bins))
     figure, (ax, below) = plt.subplots(2, 1, figsize=(6, 6.5), sharex=True, height_ratios=[3, 1], layout="constrained")
     ax.plot([0, 100], [0, 100], "--", color="gray", label="perfectly calibrated")
-    ax.plot(100 * confidence, 100 * accuracy, "o-", color=VALID_COLOR, label="this model", clip_on=False)
+    ax.plot(100 * bins.confidence, 100 * bins.accuracy, "o-", color=VALID_COLOR, label="this model", clip_on=False)
     ax.set(ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     ax.grid(alpha=0.3)
     ax.legend(loc="best")
-    middle = (np.floor(BINS * confidence).clip(max=BINS - 1) + 0.5) * 100 / BINS
-    below.bar(middle, counts, width=90 / BINS, color=TRAIN_COLOR)
+    below.bar(100 * (bins.index + 0.5) / BINS, bins.images, width=90 / BINS, color=TRAIN_COLOR)
     below.set(xlabel="Probability of the predicted class (%)", ylabel="Images", yscale="log")
-    below.set_ylim(0.8, max(12, 1.5 * counts.max()))  # labels at 1 and 10 at least
+    below.set_ylim(0.8, max(12, 1.5 * bins.images.max()))  # labels at 1 and 10 at least
     below.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     below.grid(alpha=0.3)
     error = calibration_error(interp.preds, interp.targs)

@@ -16,8 +16,7 @@ from cifar10.interpretation.metrics import fit_temperature, likely_label_errors,
 from cifar10.interpretation.predictions import Interpretation
 from cifar10.text import printable
 
-SUSPECTS = "Labels to check"
-TEXTS = ("class", "actual", "predicted", "image", "label")  # columns of the tables; the others are numbers
+TEXTS = ("", "class", "actual", "predicted", "image", "label")  # columns of the tables; the others are numbers
 N_SUSPECTS, N_EXAMPLES = 20, 10
 PLOTS = {
     "confusion_matrix": plots.plot_confusion,
@@ -25,10 +24,12 @@ PLOTS = {
     "gradcam": plots.plot_grad_cam,
     "calibration": plots.plot_calibration,
 }
-WHAT_SUSPECTS_MEAN = (
-    "Misclassified images, ordered by how much likelier the model finds another class than the label. Some of these"
-    " labels may be wrong. The list says little about images that the model was trained on."
-)
+NOTES = {  # title of a table → paragraphs above it
+    "Labels to check": [
+        "Misclassified images, ordered by how much likelier the model finds another class than the label. Some of"
+        " these labels may be wrong. The list says little about images that the model was trained on."
+    ]
+}
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -54,7 +55,7 @@ def tables(interp: Interpretation, metrics: dict[str, Any]) -> dict[str, tuple[l
     found = {
         "Classes": (["number", "class", "images", "precision", "recall", "F1"], rows),
         "Most confused": (["actual", "predicted", "images"], pairs),
-        SUSPECTS: (["image", "label", "its probability", "predicted", "its probability"], suspects),
+        "Labels to check": (["image", "label", "its probability", "predicted", "its probability"], suspects),
     }
     return {title: table for title, table in found.items() if table[1]}
 
@@ -77,30 +78,28 @@ def statements(metrics: dict[str, Any]) -> list[str]:
 
 def markdown_report(interp: Interpretation, metrics: dict[str, Any], images: str) -> str:
     """Accuracy, what it means, and all tables as Markdown."""
-    lines = [f"# {metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct", "", *statements(metrics)]
+    blocks = [f"# {metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct", "\n".join(statements(metrics))]
     for title, (header, rows) in tables(interp, metrics).items():
         rules = ["---" if name in TEXTS else "---:" for name in header]
         cells = ([re.sub(r"([\\`*_{}\[\]<>$|~#])", r"\\\1", cell) for cell in row] for row in rows)
-        lines += ["", f"## {title}", ""]
-        if title == SUSPECTS:
-            lines += [WHAT_SUSPECTS_MEAN, ""]
-        lines += [f"| {' | '.join(row)} |" for row in (header, rules, *cells)]
-    return "\n".join(lines) + "\n"
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (header, rules, *cells))
+        blocks += [f"## {title}", *NOTES.get(title, []), table]
+    return "\n\n".join(blocks) + "\n"
 
 
 def save_images(interp: Interpretation, folder: Path):
     """PNG files for app.py: ten examples, of as many classes as there are, and the misclassified images."""
     by_class = [(interp.targs == label).nonzero().flatten().tolist() for label in range(len(interp.names))]
-    rows = [row for same in zip_longest(*by_class) for row in same if row is not None][:N_EXAMPLES]
+    examples = [row for same in zip_longest(*by_class) for row in same if row is not None][:N_EXAMPLES]
     wrong = interp.misclassified()[: plots.N_MISCLASSIFIED].tolist()
-    titles = {row: interp.names[interp.targs[row]] for row in rows}
-    predicted = {row: interp.names[interp.decoded[row]] for row in wrong}
-    titles_of_wrong = {row: f"{interp.names[interp.targs[row]]}, predicted {predicted[row]}" for row in wrong}
-    for name, chosen in (("examples", titles), ("misclassified", titles_of_wrong)):
+    for name, rows in (("examples", examples), ("misclassified", wrong)):
         (folder / name).mkdir(exist_ok=True)
         for old in (folder / name).glob("[0-9][0-9]-*.png"):  # of an earlier report; other files are not ours
             old.unlink()
-        for number, (row, title) in enumerate(chosen.items()):
+        for number, row in enumerate(rows):
+            title = interp.names[interp.targs[row]]
+            if name == "misclassified":
+                title += f", predicted {interp.names[interp.decoded[row]]}"
             pixels = interp.images(torch.tensor([row]))[1][0].cpu()
             to_pil_image(pixels).save(folder / name / f"{number:02}-{title.replace('/', '_')[:60]}.png")
 
@@ -108,8 +107,8 @@ def save_images(interp: Interpretation, folder: Path):
 def write_report(learn: Learner, folder: Path, images: str = "images") -> tuple[Interpretation, dict[str, Any]]:
     """Write report.md and plots into a folder, with curves if it is the folder of a run.
 
-    It is about the test images, or the validation images if there are no others; then no temperature is fitted.
-    `images` says which ones they are. Returns the predictions and their metrics.
+    The report is on the test images, or on the validation images if there are no others; then no temperature is
+    fitted. `images` says which ones they are. Returns the predictions and their metrics.
     """
     interp = Interpretation(learn, learn.dls[len(learn.dls.loaders) - 1])
     temperature = None

@@ -2,5 +2,3 @@
 
 from cifar10.runs.run import WEIGHTS, Run
 from cifar10.runs.session import Session
-
-__all__ = ["WEIGHTS", "Run", "Session"]

@@ -6,16 +6,3 @@ from cifar10.training.learner import build_learner
 from cifar10.training.lr_finder import find_lrs
 from cifar10.training.options import Options
 from cifar10.training.recipes import RECIPES, Recipe
-
-__all__ = [
-    "RECIPES",
-    "Options",
-    "Recipe",
-    "StopAtNaN",
-    "TimeEstimate",
-    "ValidateLast",
-    "build_learner",
-    "find_lrs",
-    "init_dirac",
-    "init_whitening",
-]

@@ -53,7 +53,7 @@ def test_calibration_by_hand():
     preds = torch.tensor([[0.9, 0.1]] * 10 + [[0.4, 0.6]] * 10)
     targs = torch.tensor([0] * 9 + [1] + [1] * 3 + [0] * 7)
     assert calibration_error(preds, targs) == pytest.approx(0.5 * 0.0 + 0.5 * 0.3, abs=1e-6)
-    assert [row[2] for row in reliability(preds, targs)] == [10, 10]
+    assert reliability(preds, targs).images.tolist() == [10, 10]
     assert calibration_error(torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == 0  # the last bin holds its end
 
 

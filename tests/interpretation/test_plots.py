@@ -10,21 +10,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
 from cifar10.files import read_csv
-from cifar10.interpretation.fonts import display_names, fonts_for, shorten_middle, width, wrap
+from cifar10.interpretation.classifier import ImageClassifier
+from cifar10.interpretation.fonts import display_names, fonts_for, letters_in, shorten_middle, width, wrap
 from cifar10.interpretation.metrics import BINS
 from cifar10.interpretation.plots import (
     plot_calibration,
     plot_confusion,
     plot_curves,
-    plot_explained,
     plot_grad_cam,
+    plot_image_grad_cam,
     plot_misclassified,
 )
 from cifar10.interpretation.predictions import Interpretation
 from cifar10.training.lr_finder import LRCurve, plot_lr_curve, suggest_lrs
+from cifar10.training.recipes import ASSIGNMENT
 from model import ResNet
 
 
@@ -160,13 +163,25 @@ def test_shortened_names():
     assert len({*alike}) == 3 and alike[2] == "cat" and all(len(name) <= 12 for name in alike)
 
 
-def test_another_font_of_the_system_is_used_where_the_default_lacks_letters():
+@pytest.fixture
+def matplotlibs_fonts(monkeypatch):
+    """The system has no fonts but those that come with matplotlib."""
+    own = [font for font in font_manager.fontManager.ttflist if font.fname.startswith(matplotlib.get_data_path())]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+
+
+def test_another_font_of_the_system_is_used_where_the_default_lacks_letters(matplotlibs_fonts):
     """Here matplotlib's Computer Modern is the default: it has no Greek letters, DejaVu Sans has."""
     with plt.rc_context({"font.family": ["cmr10"]}):
         families, missing = fonts_for("cat λ")
         assert families[0] == "cmr10" and len(families) == 2 and not missing
         assert display_names(["λ", "猫"], 9) == ["λ", "class 1"]
     assert fonts_for("cat λ") == (plt.rcParams["font.family"], set())
+
+
+def test_a_font_that_was_removed_or_is_damaged_has_no_letters(tmp_path):
+    (tmp_path / "damaged.ttf").write_text("not a font")
+    assert letters_in(str(tmp_path / "damaged.ttf")) == letters_in(str(tmp_path / "removed.ttf")) == set()
 
 
 # ---- Many classes
@@ -262,11 +277,13 @@ def test_each_bar_of_the_calibration_plot_stands_in_its_bin(confidences):
 
 
 @pytest.mark.parametrize("file, title", [("cat.jpg", "cat.jpg"), ("a" * 50, None), ("\U0001f9ff.png", "Image")])
-def test_a_grad_cam_names_its_file(file, title):
-    pixels = torch.rand(3, 32, 32)
+def test_a_grad_cam_names_its_file(matplotlibs_fonts, file, title):
+    model, pixels = ResNet(width=2).eval(), torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    data = dict(name="", classes=list("abcdefghij"), size=32, ranges={}, mean=[0.5] * 3, std=[0.25] * 3)
+    classifier = ImageClassifier(model, data, ASSIGNMENT, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a letter that no font has
-        plot_explained(ResNet(width=2).eval(), pixels, pixels, list("abcdefghij"), torch.eye(10)[3], file)
+        plot_image_grad_cam(classifier, pixels, torch.eye(10)[3], file)
         plt.gcf().canvas.draw()
     shown = plt.gcf().axes[0].get_title()
     assert shown == title if title else len(shown) == 30 and "…" in shown
