@@ -117,8 +117,8 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Lock the folder, and say how to resume if this process is interrupted. Raises `UserError` if it is locked."""
         lock = FileLock(self.path / ".lock", mode=0o666)
+        self.acquire(lock)
         try:
-            self.acquire(lock)
             yield
         except (KeyboardInterrupt, BrokenPipeError) as stopped:
             default = "a closed pipe" if isinstance(stopped, BrokenPipeError) else "Ctrl-C"

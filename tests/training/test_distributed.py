@@ -225,8 +225,8 @@ def test_what_counts_as_a_lost_process(monkeypatch, error, lost):
 
 @pytest.mark.parametrize("rank, local_rank, told", [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)])
 @pytest.mark.parametrize("words, answer", [
-    (["--nosuch"], "train.py: error: there is no option --nosuch; see --help"),
-    (["--epochs", "0"], "error: epochs is 0; it must be at least 1"),
+    (["--zzz"], "train.py: error: there is no option --zzz; see --help"),
+    (["--epochs", "0"], "error: epochs is 0; it must be at least 1 and at most 99999"),
     (["--device", "cuda"], "error: there are 2 processes and 1 GPU; start one for each GPU"),
 ])  # fmt: skip
 def test_before_the_hosts_have_joined_each_says_what_is_wrong(
