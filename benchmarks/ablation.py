@@ -6,23 +6,24 @@ models are trained in parallel as there are cores, with one thread each, because
 """
 
 import json
-import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Annotated, Any
 
 import torch
-from fastai.vision.all import set_seed
 from fastcore.basics import num_cpus
 
+from benchmarks.seeds import train_once
 from cifar10 import cli
 from cifar10.data.table import ImageTable
 from cifar10.files import OutputFile, write_json
 from cifar10.hardware import collect_env
 from cifar10.training.recipes import RECIPES, Recipe, choices
-from train import fit, get_dls, get_learner
+from compare import markdown
+from train import get_dls
 
 BASELINE = "nothing"
 SGD, PLAIN = dict(optimizer="sgd"), dict(init="default", whiten=False)
@@ -89,28 +90,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 
 def holdout_accuracy(recipe: Recipe, data: str, width: int, seed: int) -> float:
     """The accuracy on the held-out images after training by the recipe."""
-    set_seed(seed, reproducible=True)
-    learn = get_learner(get_dls(data, recipe, valid="holdout", device="cpu"), recipe, width=width)
-    with learn.no_bar(), learn.no_logging():
-        fit(learn, replace(recipe, lr_min=recipe.lr_min or recipe.lr_max / 100))
-    return learn.recorder.values[-1][-1]
+    return train_once(get_dls(data, recipe, valid="holdout", device="cpu"), recipe, seed, width)["accuracy"]
 
 
 def table(name: str, results: dict) -> str:
     """The hold-out accuracy of each variant that is done, and its distance from the recipe's, seed by seed."""
     found = {title: [runs[seed] for seed in sorted(runs)] for title, runs in results["accuracies"].items()}
     done = {title: values for title, values in found.items() if len(values) == results["seeds"]}
-    base = done.get(BASELINE, [])
+    rows = []
+    for change, values in done.items() if BASELINE in done else []:
+        points = [100 * (value - before) for value, before in zip(values, done[BASELINE], strict=True)]
+        spread = f" ± {stdev(points):.2f}" if len(points) > 1 else ""
+        rows.append([change, f"{mean(values):.2%}", "" if change == BASELINE else f"{mean(points):+.2f}{spread}"])
     seeds = f"{results['seeds']} seed{'s' * (results['seeds'] > 1)}"
-    title = f"`{name}`, {results['epochs']} epochs, width {results['width']}, {seeds}"
-    lines = [f"{title}: `{results['command']}`", ""]
-    lines += ["| change | hold-out accuracy | difference in points |", "| --- | ---: | ---: |"]
-    for change, values in done.items() if base else []:
-        points = [100 * (value - before) for value, before in zip(values, base, strict=True)]
-        spread = f" ± {statistics.stdev(points):.2f}" if len(points) > 1 else ""
-        difference = "" if change == BASELINE else f"{statistics.mean(points):+.2f}{spread}"
-        lines.append(f"| {change} | {statistics.mean(values):.2%} | {difference} |")
-    return "\n".join(lines)
+    title = f"`{name}`, {results['epochs']} epochs, width {results['width']}, {seeds}: `{results['command']}`"
+    return f"{title}\n\n{markdown(['change', 'hold-out accuracy', 'difference in points'], rows, right=2)}"
 
 
 def main(
@@ -125,46 +119,35 @@ def main(
     images = ImageTable.open(data)  # decoded here, before all processes need them
     train_images = len(images.split_rows("holdout")[0])
     base = RECIPES[recipe].adapted(train_images, **dict(images.defaults) | dict(validate="last") | changes)
-    results = dict(
-        epochs=base.epochs,
-        peak_epoch=base.peak_epoch,
-        lr_max=base.lr_max,
-        width=width,
-        seeds=seeds,
-        command=f"python -m benchmarks.ablation {recipe} --data {data} --width {width} --seeds {seeds}",
-        accuracies={title: {} for title in variants},
-        **collect_env(),
-    )
-
-    def recipe_with(fields: dict[str, Any]) -> Recipe:
-        batch_size = min(fields.get("batch_size", base.batch_size), train_images)
-        return replace(base, **fields | dict(batch_size=batch_size))
-
-    results["settings"] = repr([base, variants])
-    part = Path(f"{out}.part")  # of a run that was interrupted
-    if out and part.is_file():
-        before = json.loads(part.read_text(encoding="utf-8"))
-        if before == json.loads(json.dumps(results)) | dict(accuracies=before["accuracies"]):
-            results["accuracies"] |= before["accuracies"]
+    command = f"python -m benchmarks.ablation {recipe} --data {data} --width {width} --seeds {seeds}"
+    schedule = dict(epochs=base.epochs, peak_epoch=base.peak_epoch, lr_max=base.lr_max)
+    about = schedule | dict(width=width, seeds=seeds, command=command) | collect_env()
+    recipes = {
+        title: replace(base, **fields | dict(batch_size=min(fields.get("batch_size", base.batch_size), train_images)))
+        for title, fields in variants.items()
+    }
+    settings, part = repr([about, recipes]), Path(f"{out}.part")  # the latter of a run that was interrupted
+    before = json.loads(part.read_text(encoding="utf-8")) if out and part.is_file() else {}
+    accuracies = before.get(settings) or {title: {} for title in variants}
     with ProcessPoolExecutor(num_cpus(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         trainings = {
-            pool.submit(holdout_accuracy, recipe_with(fields), data, width, seed): (title, seed)
+            pool.submit(holdout_accuracy, changed, data, width, seed): (title, seed)
             for seed in range(seeds)
-            for title, fields in variants.items()
-            if str(seed) not in results["accuracies"][title]
+            for title, changed in recipes.items()
+            if str(seed) not in accuracies[title]
         }
         try:
             for done, training in enumerate(as_completed(trainings), 1):
                 (title, seed), accuracy = trainings[training], training.result()
-                results["accuracies"][title][str(seed)] = accuracy
+                accuracies[title][str(seed)] = accuracy
                 print(f"{done} of {len(trainings)}: {title}, {accuracy:.2%}")
                 if out:
-                    write_json(part, results)
+                    write_json(part, {settings: accuracies})
         except BaseException:
             pool.shutdown(cancel_futures=True)  # or the others would still be trained before the error is seen
             raise
+    results = about | dict(accuracies=accuracies)
     print(table(recipe, results))
-    del results["settings"]
     if out:
         before = json.loads(Path(out).read_text(encoding="utf-8")) if Path(out).is_file() else {}
         write_json(Path(out), before | {recipe: results})

@@ -1,97 +1,47 @@
 """Everything about a CUDA GPU, measured in one go: `python -m benchmarks.gpu --data cifar10.tgz --out gpu.json`
 
-First a training step: ours, with loading and augmentation, against a plain PyTorch loop over one batch that is on the
-GPU already, with the same model, precision and batch size; ours over one batch as well, which shows what loading and
-augmentation add; how often the host waits for the GPU. Then full training runs by each recipe with several seeds. Last,
-what `torch.compile` changes. No training and no compilation starts that would probably exceed the time limit.
+First a training step, as benchmarks.steps measures it, and how often the host waits for the GPU. Then full training
+runs by each recipe with several seeds. Last, what `torch.compile` changes. No training and no compilation starts that
+would probably exceed the time limit.
 """
 
 import gc
 import itertools
-import statistics
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
 
 import torch
-from fastai.vision.all import Callback, CancelFitException, DataLoaders, Learner, set_seed
+from fastai.vision.all import DataLoaders, Learner, set_seed
 
-from benchmarks.overhead import OneBatch, plain_step
-from benchmarks.seeds import now, train_once
+from benchmarks.seeds import train_once
+from benchmarks.steps import WARM_UP, TimeSteps, compare_with_bare_loop, learner_step, take_turns
 from cifar10 import cli
 from cifar10.errors import UserError
 from cifar10.files import OutputFile, write_json
 from cifar10.hardware import collect_env, resolve_precision
-from cifar10.training.callbacks import SYNC_EVERY, StopAtNaN
+from cifar10.training.callbacks import SYNC_EVERY
 from cifar10.training.recipes import RECIPES
 from train import get_dls, get_learner
 
-LR = 0.01
-WARM_UP = 5  # steps before each measurement
-BETWEEN_SYNCS = SYNC_EVERY - WARM_UP - 1  # steps after those in which nothing should make the host wait
+BETWEEN_SYNCS = SYNC_EVERY - WARM_UP - 1  # steps after those to warm up in which nothing should make the host wait
 WAIT = "called a synchronizing"  # PyTorch's warning
 COMPILING = 120  # seconds that torch.compile needs, about
-
-
-# ---- A training step -----------------------------------------------------------------------------------------------
-
-
-class TimeSteps(Callback):
-    """Time `steps` training steps after some to warm up, calling `begin` and `end` around them, and then stop."""
-
-    order, run_valid = 1000, False
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def after_batch(self):
-        if self.iter + 1 == WARM_UP:
-            self.begin()
-        elif self.iter + 1 == WARM_UP + self.steps:
-            self.end()
-            raise CancelFitException
-
-    def begin(self):
-        self.seconds = -now(self.dls.device)
-
-    def end(self):
-        self.seconds += now(self.dls.device)
 
 
 class WarnOfWaits(TimeSteps):
     """Have PyTorch warn of each call that makes the host wait for the GPU."""
 
     def begin(self):
+        super().begin()
         torch.cuda.set_sync_debug_mode("warn")
 
     def end(self):
         torch.cuda.set_sync_debug_mode("default")
-
-
-def our_step(learn: Learner, steps: int) -> float:
-    """Seconds of a step of a Learner, with its data, its progress bar and its records, as train.py trains."""
-    learn.fit_one_cycle(1, LR, cbs=[StopAtNaN(), timer := TimeSteps(steps)])
-    return timer.seconds / steps
-
-
-def bare_step(learn: Learner, width: int, steps: int) -> float:
-    """Seconds of a step of a bare loop over one batch of the Learner's."""
-    batch = tuple(t.as_subclass(torch.Tensor) for t in learn.dls.train.one_batch())
-    step = plain_step(batch, len(learn.dls.vocab), width, learn.precision)
-    for _ in range(WARM_UP):
-        step()
-    begin = now(learn.dls.device)
-    for _ in range(steps):
-        step()
-    return (now(learn.dls.device) - begin) / steps
-
-
-def one_batch(dls: DataLoaders) -> DataLoaders:
-    """DataLoaders of nothing but one batch, loaded and augmented, in epochs as long as before."""
-    batch = dls.train.one_batch()
-    same = DataLoaders(OneBatch(batch, len(dls.train)), OneBatch(batch, 1), device=dls.device)
-    same.vocab = dls.vocab
-    return same
+        super().end()
 
 
 def waits(learn: Learner) -> dict[str, int]:
@@ -99,53 +49,32 @@ def waits(learn: Learner) -> dict[str, int]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            learn.fit_one_cycle(1, LR, cbs=[StopAtNaN(), WarnOfWaits(BETWEEN_SYNCS)])
+            learner_step(learn, BETWEEN_SYNCS, WarnOfWaits)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = ["/".join([*Path(w.filename).parts[-2:], str(w.lineno)]) for w in caught if WAIT in str(w.message)]
-    return {place: places.count(place) for place in sorted(set(places))}
+    found = [warning for warning in caught if WAIT in str(warning.message)]
+    return dict(Counter("/".join([*Path(w.filename).parts[-2:], str(w.lineno)]) for w in found))
 
 
-def step_results(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict:
-    """Ours, ours over one batch and the bare loop take turns; of each the median of the rounds, in milliseconds."""
-    learn, fed = get_learner(dls, width=width), get_learner(one_batch(dls), width=width)
-    ways = {
-        "ours": lambda: our_step(learn, steps),
-        "one_batch": lambda: our_step(fed, steps),
-        "bare": lambda: bare_step(learn, width, steps),
-    }
-    times = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            times[name].append(1000 * way())
-    results = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    ours = results["ours_ms"]
-    ratios = dict(ratio=ours / results["bare_ms"], data_share=1 - results["one_batch_ms"] / ours)
-    return dict(precision=learn.precision, batch_size=dls.bs, steps=steps * rounds) | results | ratios
-
-
-def compiled_results(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict:
+def compiled_results(dls: DataLoaders, width: int, steps: int, rounds: int) -> dict[str, float]:
     """Milliseconds of a step with `torch.compile` and without, in turn; how long compiling took."""
     usual, compiled = get_learner(dls, width=width), get_learner(dls, width=width)
     compiled.model.compile()
     begin = time.perf_counter()
-    our_step(compiled, 1)
+    learner_step(compiled, 1)
     seconds = time.perf_counter() - begin
-    times = [(1000 * our_step(compiled, steps), 1000 * our_step(usual, steps)) for _ in range(rounds)]
-    on, off = (statistics.median(values) for values in zip(*times, strict=True))
-    return dict(on_ms=on, off_ms=off, times_as_fast=off / on, seconds_to_compile=seconds)
+    ways = {"on_ms": lambda: learner_step(compiled, steps), "off_ms": lambda: learner_step(usual, steps)}
+    results = {name: 1000 * median(values) for name, values in take_turns(ways, rounds).items()}
+    return results | dict(times_as_fast=results["off_ms"] / results["on_ms"], seconds_to_compile=seconds)
 
 
-# ---- Whole trainings -----------------------------------------------------------------------------------------------
-
-
-def summarize(trainings: dict[int, dict]) -> dict:
-    """Mean, standard deviation and all values of seconds and accuracies of trainings by their seeds."""
+def summarize(trainings: dict[int, dict]) -> dict[str, Any]:
+    """Mean, standard deviation and all values of seconds and accuracies of training runs by their seeds."""
     results: dict = {"seeds": list(trainings)}
     for quantity in ("seconds", "accuracy", "tta_accuracy"):
         values = [metrics[quantity] for metrics in trainings.values()]
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        results[quantity] = dict(mean=statistics.mean(values), standard_deviation=spread, values=list(values))
+        spread = stdev(values) if len(values) > 1 else None
+        results[quantity] = dict(mean=mean(values), standard_deviation=spread, values=values)
     return results
 
 
@@ -163,7 +92,7 @@ def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, e
             write_json(Path(out), results)
 
     set_seed(0, reproducible=True)
-    note("step", step_results(dls, width, steps, rounds))
+    note("step", compare_with_bare_loop(dls, width, steps, rounds))
     note("waits", {name: waits(get_learner(dls, recipe, width=width)) for name, recipe in RECIPES.items()})
     trainings = {name: {} for name in RECIPES}
     epoch = len(dls.train) * results["step"]["ours_ms"] / 1000
@@ -193,21 +122,19 @@ def measure(dls: DataLoaders, steps: int, rounds: int, seeds: int, width: int, e
 def main(
     data: str = "cifar10",  # as for train.py
     steps: int = 60,  # steps of each variant per round, all in one epoch
-    rounds: int = 5,  # rounds, in which the variants alternate
+    rounds: int = 5,  # rounds, in which the variants take turns
     seeds: int = 5,  # runs by each recipe
     width: int = 64,  # width of the ResNet
     minutes: float = 9.0,  # time limit for everything
     out: OutputFile = None,  # JSON file for the results
 ):
-    "Measure steps and whole trainings on a CUDA GPU."
+    "Measure steps and whole training runs on a CUDA GPU."
     end = time.perf_counter() + 60 * minutes
     if not torch.cuda.is_available():
         raise UserError("this program measures a CUDA GPU, and there is none that PyTorch can use here")
     dls = get_dls(data)
     if resolve_precision("auto", dls.device) == "fp16":
         raise UserError("this GPU computes no bf16 in hardware, and in fp16 each step waits for its gradients' scale")
-    if WARM_UP + max(steps, BETWEEN_SYNCS) > len(dls.train):
-        raise UserError(f"an epoch of {dls.train.table.name} has {len(dls.train)} steps, too few to measure")
     measure(dls, steps, rounds, seeds, width, end, out)
 
 

@@ -11,31 +11,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import num_cpus
+from fastcore.parallel import parallel
 from PIL import Image
 
-from benchmarks.speed import largest_child_gib
+from benchmarks.steps import save
 from cifar10 import cli
 from cifar10.errors import UserError
-from cifar10.files import OutputFile, write_json
-from cifar10.hardware import collect_env
+from cifar10.files import OutputFile
 
 ROOT = Path(__file__).parents[1]
 
 
-def make_some(folder: Path, size: int, numbers: range):
-    """JPEG files `<class>/<number>.jpg`: smooth noise, and in the class "dark" half as bright."""
-    for number in numbers:
-        rng = np.random.default_rng(number)
-        pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8) // (1 + number % 2)
-        image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
-        image.save(folder / ("bright", "dark")[number % 2] / f"{number:06}.jpg")
+def make_image(folder: Path, size: int, number: int):
+    """A JPEG file `<class>/<number>.jpg`: smooth noise, and in the class "dark" half as bright."""
+    pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8) // (1 + number % 2)
+    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+    image.save(folder / ("bright", "dark")[number % 2] / f"{number:06}.jpg")
+
+
+def largest_child_gib() -> float:
+    """The largest resident size that a child process had."""
+    import resource  # not available on Windows
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def watch(launcher: subprocess.Popen) -> list[float]:
@@ -45,9 +49,8 @@ def watch(launcher: subprocess.Popen) -> list[float]:
         for children in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
             with suppress(OSError):  # a process that has just ended
                 for process in children.read_text(encoding="utf-8").split():
-                    if size := re.search(
-                        r"Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
-                    ):
+                    memory = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
+                    if size := re.search(r"Pss: +(\d+) kB", memory):
                         peaks[process] = max(peaks.get(process, 0.0), int(size[1]) / 2**20)
         time.sleep(0.5)
     return [*peaks.values()]
@@ -60,37 +63,29 @@ def main(
     width: int = 4,  # width of the ResNet
     out: OutputFile = None,  # JSON file for the results
 ):
-    "Measure the peak memory of a training on many images."
+    "Measure the peak memory of training on many images."
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "many"
         for name in ("bright", "dark"):
             (folder / name).mkdir(parents=True)
         print(f"Making {images:,} images …")
-        with ProcessPoolExecutor(num_cpus()) as pool:
-            some = [range(first, min(first + 1000, images)) for first in range(0, images, 1000)]
-            list(pool.map(partial(make_some, folder, size), some))
-        words = ["--data", folder, "--size", size, "--width", width, "--epochs", 1]
-        words += ["--peak_epoch", 0.5, "--lr_max", 0.1]
+        parallel(partial(make_image, folder, size), range(images), n_workers=num_cpus(), chunksize=1000, progress=False)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        launch = [sys.executable, *torchrun * (processes > 1), ROOT / "train.py"]
-        command = [*map(str, [*launch, *words, "--runs_dir", temporary, "--name", "run"])]
+        words = [sys.executable, *torchrun * (processes > 1), ROOT / "train.py", "--data", folder, "--size", size]
+        words += ["--width", width, "--epochs", 1, "--peak_epoch", 0.5, "--lr_max", 0.1]
+        words += ["--runs_dir", temporary, "--name", "run"]
         begin = time.perf_counter()
-        with subprocess.Popen(command, env=os.environ | {"FASTAI_HOME": temporary}) as training:
+        with subprocess.Popen([*map(str, words)], env=os.environ | {"FASTAI_HOME": temporary}) as training:
             shared = dict(processes=processes, proportional_gib=watch(training)) if processes > 1 else {}
         if training.returncode:
             raise UserError("the training failed, see above")
-        results = dict(
-            images=images, size=size, width=width, pixels_gb=3 * images * size**2 / 1e9,
-            peak_gib=largest_child_gib(),
-            seconds=time.perf_counter() - begin, **shared,
-            command=f"python -m benchmarks.memory --images {images} --size {size} --width {width}"
-            + f" --processes {processes}" * (processes > 1),
-        )  # fmt: skip
-    print(f"{results['pixels_gb']:.1f} GB of pixels, a peak of {results['peak_gib']:.2f} GiB")
-    for gib in shared.get("proportional_gib", []):
-        print(f"A process of {processes}: {gib:.2f} GiB, what they share counted in parts")
-    if out:
-        write_json(Path(out), results | collect_env())
+        seconds = time.perf_counter() - begin
+    command = f"python -m benchmarks.memory --images {images} --size {size} --width {width}"
+    results = dict(
+        images=images, size=size, width=width, pixels_gb=3 * images * size**2 / 1e9, peak_gib=largest_child_gib(),
+        seconds=seconds, **shared, command=command + f" --processes {processes}" * (processes > 1),
+    )  # fmt: skip
+    save(results, out)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,14 @@ Each seed's metrics go to a folder `<recipe>-<seed>`, as those of a run by train
 """
 
 import json
-import statistics
 import tempfile
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from fastai.vision.all import DataLoaders, set_seed
 
+from benchmarks.steps import now
 from cifar10 import cli
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
@@ -23,18 +21,12 @@ from cifar10.interpretation.predictions import Interpretation, tta_accuracy
 from cifar10.training.callbacks import StopAtNaN
 from cifar10.training.options import Options
 from cifar10.training.recipes import RECIPES, Recipe, choices
+from compare import spread
 from train import choose_lrs, fit, get_dls, get_learner
 
 
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int = 64) -> dict[str, Any]:
-    """The metrics of a training by a recipe: with the LR finder, if it has one, and validation. Needs no folder."""
+    """The metrics of a training run by a recipe: with the LR finder, if it has one, and validation. Needs no folder."""
     begin = now(dls.device)
     set_seed(seed, reproducible=True)
     dls.train.rng.seed(seed)  # which draws the order of the images
@@ -93,7 +85,7 @@ def main(
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "metrics.json", metrics)
             write_json(folder / "config.json", about | dict(seed=seed) | collect_env())
-    print(f"mean {statistics.mean(accuracies):.2%}")
+    print(f"mean {spread(accuracies)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from statistics import mean
 from fastcore.script import anno_parser
 
 from benchmarks import ablation as ablations
-from benchmarks.compare import spread
 from benchmarks.seeds import is_of
 from cifar10 import cli
 from cifar10.errors import UserError
@@ -20,6 +19,7 @@ from cifar10.files import read_csv, write
 from cifar10.interpretation.page import CIFAR10_SHA256
 from cifar10.training.options import Options
 from cifar10.training.recipes import RECIPES
+from compare import markdown, spread
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -35,12 +35,6 @@ RUNS = {  # folder in results/ → recipe, what was typed besides it, and the ve
 
 def read_json(name: str):
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def markdown(header: list[str], rows, right: int = 0) -> str:
-    """A table whose last `right` columns are aligned to the right."""
-    lines = [header, ["---"] * (len(header) - right) + ["---:"] * right, *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def runs_of(folder: str) -> list[dict]:
@@ -129,7 +123,7 @@ def speed() -> str:
         ["loading and augmenting a batch, as a share of a training step", f"{found['data_part_of_step']:.1%}"],
         ["peak memory of a process that trains four steps and validates", f"{found['peak_gib']:.2f} GiB"],
         ["duration of a training step, against a plain loop with the same model, optimizer and precision",
-         f"{overhead['ratio']:.3f}×"],
+         f"{overhead['one_batch_ms'] / overhead['bare_ms']:.3f}×"],
     ]  # fmt: skip
     return markdown(["two CPU cores, bf16", "measured"], rows, right=1)
 
@@ -144,22 +138,12 @@ def scale() -> str:
     return markdown(["processes", "speed", "loading", "all-reduce"], rows, right=4)
 
 
-def projection() -> str:
-    """Steps on many GPUs, projected."""
-    rows = [
-        [row["gpus"], f"{row['step_ms']:.1f} ms", f"{row['efficiency']:.0%}", f"{row['loading']:.0%}",
-         f"{row['reducing']:.0%}"]
-        for row in read_json("scale.json")["projection"]["rows"]
-    ]  # fmt: skip
-    return markdown(["GPUs", "step", "efficiency", "loading", "all-reduce"], rows, right=5)
-
-
 def ablation() -> str:
     """What a recipe gains or loses with one thing changed."""
     return "\n\n".join(ablations.table(name, results) for name, results in read_json("ablation.json").items())
 
 
-TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, projection, ablation)}
+TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, ablation)}
 
 
 def render(page: str) -> str:

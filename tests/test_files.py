@@ -140,7 +140,12 @@ def test_no_table_of_numbers(tmp_path, content):
         read_csv(tmp_path / "a.csv")
 
 
-PROGRAMS = ["predict", "export", *(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("[a-z]*.py"))]
+PROGRAMS = [
+    "predict",
+    "export",
+    "compare",
+    *(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("[a-z]*.py")),
+]
 OUTPUTS = [
     (program.main, name)
     for program in map(import_module, PROGRAMS)
@@ -159,4 +164,4 @@ def test_an_output_file_that_can_not_be_written_is_refused_before_the_work(main,
 
 
 def test_all_output_files_are_known():
-    assert len(OUTPUTS) == 12, OUTPUTS
+    assert len(OUTPUTS) == 11, OUTPUTS

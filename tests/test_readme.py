@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from torch import nn
 
 from benchmarks import tables
 from cifar10.errors import UserError
 from cifar10.training.options import Options
 from cifar10.training.recipes import RECIPES, Recipe
+from model import ResNet
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 README = (ROOT / "README.md").read_text()
@@ -76,6 +78,9 @@ def test_figures_in_sentences_equal_their_files():
     gpu, memory, shared, search, scale = map(
         tables.read_json, ("gpu.json", "memory.json", "memory_shared.json", "search.json", "scale.json")
     )
+    model = ResNet()
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    n_norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     step, first, second = gpu["step"], *search["trainings"]["as it is now"]
     figures = {
         "benchmarks": [
@@ -88,7 +93,8 @@ def test_figures_in_sentences_equal_their_files():
         ],
         "scale": [
             f"{scale['seconds'][1]['speedup']:.2f}× the speed", f"{shared['pixels_gb']:.1f} GB of pixels",
-            *(f"{gib:.1f} GiB" for gib in shared["proportional_gib"]),
+            *(f"{gib:.1f} GiB" for gib in shared["proportional_gib"]), f"l is {step['data_share']:.0%} of t",
+            f"g is {4 * n_parameters / 1e6:.0f} MB, and n is {2 + 2 * n_norms}",
         ],
     }  # fmt: skip
     for page, expected in figures.items():

@@ -1,6 +1,7 @@
 """What a model learned: predictions, Grad-CAM, metrics, plots, reports, and the model as an image classifier."""
 
 from cifar10.interpretation.classifier import ImageClassifier
+from cifar10.interpretation.fonts import shorten_middle
 from cifar10.interpretation.gradcam import GRADCAM_LAYERS
 from cifar10.interpretation.page import report_run, write_html
 from cifar10.interpretation.plots import overlay, plot_confusion, plot_grad_cam, plot_image_grad_cam, plot_misclassified
