@@ -79,5 +79,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    able = torch.cpu.get_capabilities()
+    has_bf16 = able.get("avx512_bf16") or able.get("amx_tile")
     return "bf16" if device.type == "cpu" and has_bf16 else "fp32"

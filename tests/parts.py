@@ -1,4 +1,4 @@
-"""What each process of a training does, as test_distributed.py starts them: `torchrun tests/parts.py FOLDER`."""
+"""What each process of a training run does, as test_distributed.py starts them: `torchrun tests/parts.py FOLDER`."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a training, the callback that saves it, and how a run resumes from it."""
+"""Checkpoints: the whole state of a training run, the callback that saves it, and how a run resumes from it."""
 
 import time
 from pathlib import Path
@@ -18,11 +18,11 @@ KEEP = 2  # checkpoints, so that there is another one if the newest is damaged
 
 
 def state_dict(learn: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that the rest of a training depends on, and its history so far, as tensors and as JSON."""
+    """Everything that the rest of a training run depends on, and its history so far, as tensors and as JSON."""
     recorder = learn.recorder
     tensors = {f"model.{name}": value for name, value in get_model(learn.model).state_dict().items()}
-    for index, values in learn.opt.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items() if value is not None}
+    for index, (_, _, values, _) in enumerate(learn.opt.all_params()):
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
     states = random_states(learn.dls)
     tensors |= {name: states.pop(name) for name in ("torch", "device") if name in states}
     tensors["lrs"] = torch.tensor(recorder.lrs, dtype=torch.float64)
@@ -46,14 +46,15 @@ def load_state_dict(learn: Learner, tensors: dict[str, Tensor], state: dict[str,
     """Put a Learner that has an optimizer into the state that `state_dict` returned."""
     model = {name: value for name, value in tensors.items() if name.startswith("model.")}
     get_model(learn.model).load_state_dict({name.removeprefix("model."): value for name, value in model.items()})
-    optimizer = learn.opt.state_dict() | {"state": {}}
+    learn.opt.clear_state()
+    params = learn.opt.all_params().itemgot(0)
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
             if key in state["channels_last"]:
                 value = value.contiguous(memory_format=torch.channels_last)
-            optimizer["state"].setdefault(int(index), {})[name] = value
-    learn.opt.load_state_dict(optimizer)
+            p = params[int(index)]
+            learn.opt.state[p][name] = value.to(p.device)
     set_random_states(learn.dls, state | tensors)
     if state["scaler"] and hasattr(learn, "scaler"):
         learn.scaler.load_state_dict(state["scaler"])

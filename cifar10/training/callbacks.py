@@ -8,7 +8,6 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
-from fastcore.foundation import L
 from fastprogress.fastprogress import format_time
 from torch import Tensor
 
@@ -82,13 +81,13 @@ class EpochRecorder(Recorder):
         self.skipped = not self.in_training
 
     def before_train(self):
-        for metric in self._train_mets:
-            metric.reset()
+        super().before_train()
+        self.train_loss.reset()
         self.in_training, self.correct, self.seen, self.start_train = True, 0, 0, time.time()
 
     def after_batch(self):
         if self.training and self.yb:
-            self.smooth_loss.accumulate(self.learn)
+            self.train_loss.accumulate(self.learn)
             self.step_losses.append(self.learn.loss.detach())
             self.count_correct(getattr(self.learn, "pred", None), self.yb[0])
         super().after_batch()
@@ -103,6 +102,8 @@ class EpochRecorder(Recorder):
         super().after_train()  # reads the sums, so that a GPU is done
         if self.cancel_train:
             self.log.append(math.nan)
+        elif self.train_loss.count:
+            self.log[1] = float(self.train_loss.value)  # in place of fastai's smoothed loss
         accuracy = float(self.correct) / self.seen if self.seen else math.nan
         self.extra.append([accuracy, float(self.opt.hypers[-1]["lr"])])
         self.train_seconds += time.time() - self.start_train
@@ -123,15 +124,9 @@ class EpochRecorder(Recorder):
 
     def fetch_losses(self):
         """Copy the smoothed losses to the host, where fastai's plots look for them, all at once."""
-        waiting = [loss for loss in self.losses if loss.device.type != "cpu"]
-        if waiting:
-            self.losses[-len(waiting) :] = torch.stack(waiting).cpu()
-
-    @property
-    def _train_mets(self):
-        if getattr(self, "cancel_train", False):
-            return L()
-        return L(self.train_loss) + (self.metrics if self.train_metrics else L())
+        losses = getattr(self, "losses", [])  # none if the fit was canceled before this callback's turn
+        if waiting := [loss for loss in losses if loss.device.type != "cpu"]:
+            losses[-len(waiting) :] = torch.stack(waiting).cpu()
 
 
 class ValidateLast(Callback):
@@ -172,7 +167,7 @@ class TimeEstimate(Callback):
     SKIP, MEASURE = 2, 6  # steps: the first ones include one-time set-up
 
     def __init__(self, recipe: Recipe, start_epoch: int = 0):
-        self.recipe, self.done, self.steps = recipe, start_epoch, 0
+        self.recipe, self.start_epoch, self.steps = recipe, start_epoch, 0
         self.sweep = SWEEP["num_it"] if recipe.lr_max is None else 0
 
     def after_batch(self):
@@ -183,7 +178,8 @@ class TimeEstimate(Callback):
         elif self.steps == self.SKIP + self.MEASURE:
             self.loss.item()
             step = (time.perf_counter() - self.start) / self.MEASURE
-            recipe, done, epochs = self.recipe, self.done / self.recipe.epochs, self.recipe.epochs - self.done
+            recipe, epochs = self.recipe, self.recipe.epochs - self.start_epoch
+            done = self.start_epoch / recipe.epochs
             # A validation step is a forward pass on full-size images, about a third of the work.
             validation_step = step * (recipe.sizes[-1][0] / recipe.side(done)) ** 2 / 3
             validation = validation_step * len(self.dls.valid) * (epochs if recipe.validate == "each" else 1)
@@ -196,7 +192,7 @@ class TimeEstimate(Callback):
         message = f"{what} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms per step)."
         short = 1 + epochs // 8
         on_cpu, by_assignment = torch.device(self.dls.device).type == "cpu", self.recipe.name == "assignment"
-        if on_cpu and by_assignment and not self.done and seconds > 3600 and short < epochs:
+        if on_cpu and by_assignment and not self.start_epoch and seconds > 3600 and short < epochs:
             message += (
                 f" A GPU is much faster. On this CPU, --epochs {short} --peak_epoch 1 takes about"
                 f" {format_time(seconds * short / epochs)}; --recipe faster is made for CPUs."

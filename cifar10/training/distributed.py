@@ -2,7 +2,7 @@
 
 All processes draw the same random numbers. Each loads, augments and trains on its own part of every batch, PyTorch's
 DistributedDataParallel averages the gradients, and batch normalization is computed over all parts: the result is that
-of a single process, up to rounding. Only the first process prints and writes.
+of a single process, up to rounding. Only rank 0 prints and writes.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar10.errors import UserError
@@ -25,7 +26,7 @@ class Distributed(Callback):
 
     order = MixedPrecision.order + 1  # after layers are frozen, before anything is recorded
 
-    def before_train(self):  # other events also come from predictions, which the first process makes alone
+    def before_train(self):  # other events also come from predictions, which rank 0 makes alone
         if not isinstance(self.model, DistributedDataParallel):
             self.join()
         self.flop = self.recorder.flop
@@ -43,6 +44,7 @@ class Distributed(Callback):
         self.norms = [module for module in self.model.modules() if type(module) is nn.BatchNorm2d]
         for norm in self.norms:
             on_cpu, norm.process_group = norm.weight.device.type == "cpu", None
+            # Not `convert_sync_batchnorm`: its new modules are without the hooks that callbacks have registered.
             norm.__class__ = SyncBatchNorm2d if on_cpu else nn.SyncBatchNorm
         self.wrap()
 
@@ -65,17 +67,19 @@ class Distributed(Callback):
 
     def after_train(self):
         recorder = self.recorder
-        self.sum_up(recorder._train_mets)
+        if not recorder.cancel_train:
+            self.sum_up([recorder.train_loss, *(self.metrics if recorder.train_metrics else [])])
         sums = self.tensor(recorder.correct, recorder.seen, recorder.flop - self.flop)
         dist.all_reduce(sums)
         recorder.correct, recorder.seen, recorder.flop = sums[0], int(sums[1]), self.flop + sums[2].item()
 
     def after_validate(self):
-        if isinstance(self.model, DistributedDataParallel):
-            self.sum_up(self.recorder._valid_mets)
+        recorder = self.recorder
+        if isinstance(self.model, DistributedDataParallel) and recorder.valid_metrics and not recorder.cancel_valid:
+            self.sum_up([recorder.loss, *self.metrics])
 
     def sum_up(self, metrics):
-        """Add up what the processes found."""
+        """Replace the sums in the metrics by those of all processes."""
         for metric in metrics:
             metric.total = self.tensor(metric.total, metric.count)
             dist.all_reduce(metric.total)
@@ -102,45 +106,18 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, variance = NormalizeAll.apply(x, self.weight, self.bias, self.eps)
+        norm: Any = self  # which has weights, buffers and a momentum, as the ResNet's
+        values = x.to(norm.weight.dtype)  # the statistics of bfloat16 values would be rounded to bfloat16
+        mean = values.mean(dim=(0, 2, 3))  # of this part; `torch.var_mean` is many times slower
+        variance = (values - mean[:, None, None]).square().mean(dim=(0, 2, 3)).double()
+        moments = torch.stack([mean.double(), variance + mean.double().square(), torch.ones_like(variance)])
+        mean, square, count = all_reduce(moments * (x.numel() / len(mean)))  # adds up the gradients, too
+        mean, square = mean / count, square / count
+        variance = square - mean.square()
         with torch.no_grad():
-            running: Any = self  # which has buffers and a momentum, as the ResNet's
-            running.num_batches_tracked += 1
-            running.running_mean.lerp_(mean, running.momentum)
-            running.running_var.lerp_(variance, running.momentum)
-        return y
-
-
-class NormalizeAll(torch.autograd.Function):
-    """Normalize by the mean and variance of all processes, which are returned as well; the variance is unbiased.
-
-    PyTorch's own kernels for batch normalization do the work; what they find in a part is added up in between.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        # Without weight and bias, the statistics of bfloat16 values would be rounded to bfloat16, too.
-        _, mean, deviation = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        mean, variance = mean.double(), deviation.double() ** -2 - eps  # of this part
-        moments = torch.stack([mean, variance + mean.square(), torch.ones_like(mean)]) * (x.numel() / len(mean))
-        dist.all_reduce(moments)
-        mean, count = moments[0] / moments[2], moments[2]
-        variance = moments[1] / count - mean.square()
-        ctx.eps, ctx.count, stats = eps, count, [values.to(weight.dtype) for values in (mean, variance)]
-        ctx.save_for_backward(x, weight, *stats)
-        unbiased = (variance * count / (count - 1)).to(weight.dtype)
-        ctx.mark_non_differentiable(stats[0], unbiased)
-        return nn.functional.batch_norm(x, *stats, weight, bias, eps=eps), stats[0], unbiased
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        x, weight, mean, variance = ctx.saved_tensors
-        constant = (weight, mean, variance, None, None, False, ctx.eps, [True] * 3)  # as if the statistics were
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(gradients[0], x, *constant)
-        sums = torch.stack([dweight, dbias]).double()
-        dist.all_reduce(sums)
-        sums = (sums / ctx.count).to(weight.dtype)
-        deviation = (variance + ctx.eps).rsqrt()
-        slope = -weight * deviation.square() * sums[0]  # but they depend on x
-        shift = -weight * deviation * sums[1] - slope * mean
-        return dx.add_(torch.addcmul(shift[:, None, None], x, slope[:, None, None])), dweight, dbias, None
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean.to(values.dtype), norm.momentum)
+            norm.running_var.lerp_((variance * count / (count - 1)).to(values.dtype), norm.momentum)
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        shift, scale = (v.to(values.dtype)[:, None, None] for v in (norm.bias - mean * scale, scale))
+        return torch.addcmul(shift, values, scale).to(x.dtype)

@@ -1,10 +1,18 @@
 """The one place where a Learner is built: model + recipe → optimizer, loss, callbacks, precision."""
 
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
 import torch
 from fastai import learner
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import HookCallback
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
+from fastai.torch_core import norm_types
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, accuracy
 from torch import nn
 
@@ -12,7 +20,8 @@ from cifar10.hardware import keep_freed_memory, resolve_precision
 from cifar10.processes import is_distributed
 from cifar10.training.callbacks import EpochRecorder, Progress
 from cifar10.training.distributed import Distributed
-from cifar10.training.optim import LiveOptimWrapper, Muon, OptFunc
+from cifar10.training.lr_finder import restored
+from cifar10.training.optim import Muon
 from cifar10.training.recipes import Recipe
 from cifar10.training.strips import Strips
 from cifar10.training.tricks import CountFlop, FreezeLayers, GradientValueClip, L1Penalty, ProgressiveResize
@@ -37,41 +46,73 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
     if device.type == "cuda":
         return [MixedPrecision(amp_mode=precision)]
     keep_freed_memory()  # in bf16 only: in fp32 the process would grow beyond 3 GiB
-    return [CPUMixedPrecision(), *([Strips()] if torch.cpu._is_amx_tile_supported() else [])]
+    return [CPUMixedPrecision(), *([Strips()] if torch.cpu.get_capabilities().get("amx_tile") else [])]
+
+
+# Callbacks whose `after_fit` only undoes what they changed for the time of a fit.
+TEMPORARY = (ProgressCallback, MixedPrecision, HookCallback, FreezeLayers, Strips, Distributed)
 
 
 class Learner(learner.Learner):
     """fastai's Learner, but an exception, also Ctrl-C, leaves nothing behind that would change the next fit.
 
+    The weights, the momentum and the hyperparameters stay where training stopped; an LR finder restores them as always.
+    The parameters in `fixed` are never trained, not even after `unfreeze`.
     An event reaches only those callbacks that handle it, because asking all of them takes more time.
     """
 
-    def _call_one(self, event_name: str):
-        for cb in self.cbs.sorted("order"):
-            own = type(cb).__call__ is not Callback.__call__
-            if own or hasattr(type(cb), event_name) or event_name in vars(cb) or event_name == "after_fit":
-                cb(event_name)
+    fixed: Collection[nn.Parameter] = ()
+    lr_scales: Mapping[nn.Parameter, float] = {}
 
-    def _with_events(self, f, event_type, *others):
-        try:
-            super()._with_events(f, event_type, *others)
-        except BaseException:
-            if event_type == "fit":
-                for cb in self._grab_cbs((FreezeLayers, Strips, Progress)):
-                    cb.after_fit()
-                self.opt.zero_grad()
-            raise
+    def __call__(self, event_name: str | list[str]):
+        for name in L(event_name):
+            for cb in self.cbs.sorted("order"):
+                own = type(cb).__call__ is not Callback.__call__
+                if own or hasattr(type(cb), name) or name in vars(cb) or name == "after_fit":
+                    cb(name)
 
-    def fit_one_cycle(
-        self, n_epoch, lr_max=None, div=25.0, div_final=1e5, pct_start=0.25, anneal_strategy="cos", **kwargs
-    ):
-        """fastai's, also with straight lines in place of cosines: `anneal_strategy="linear"`, as PyTorch calls it."""
+    def create_opt(self):
+        super().create_opt()
+        if isinstance(self.opt, Muon):  # not among the arguments of `opt_func`, which a summary prints
+            self.opt.lr_scales = self.lr_scales
+
+    def freeze_to(self, n: int):
+        super().freeze_to(n)
+        for p in self.fixed:
+            p.requires_grad_(False)
+
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        loss_func, logger = self.loss_func, self.logger
+        with self.added_cbs(cbs), restored(self) if hasattr(self, "lr_finder") else nullcontext():
+            try:
+                super().fit(n_epoch, lr, wd, reset_opt=reset_opt, start_epoch=start_epoch)
+            except BaseException:
+                for cb in self.cbs:
+                    if isinstance(cb, TEMPORARY):
+                        cb.after_fit()
+                self.loss_func = loss_func  # which MixUp replaces
+                self.model.zero_grad()
+                raise
+            finally:
+                self.logger = logger  # CSVLogger leaves the progress bar's
+
+    def fit_one_cycle(self, n_epoch, lr_max=None, div=25.0, div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None,
+                      anneal_strategy: str = "cos", **kwargs):  # fmt: skip
+        """fastai's cycle; with `anneal_strategy="linear"`, learning rate and momentum change along straight lines."""
         if anneal_strategy == "cos":
-            return super().fit_one_cycle(n_epoch, lr_max, div, div_final, pct_start, **kwargs)
-        lr_max = self.lr if lr_max is None else lr_max
-        rise, fall = SchedLin(lr_max / div, lr_max), SchedLin(lr_max, lr_max / div_final)
-        cycle = ParamScheduler({"lr": combine_scheds([pct_start, 1 - pct_start], [rise, fall])})
-        self.fit(n_epoch, lr_max, cbs=[cycle, *L(kwargs.pop("cbs", None))], **kwargs)
+            return super().fit_one_cycle(n_epoch, lr_max, div, div_final, pct_start, wd, moms, cbs, **kwargs)
+        if anneal_strategy != "linear":
+            raise ValueError(f"anneal_strategy is {anneal_strategy!r}; it must be 'cos' or 'linear'")
+        if self.opt is None:
+            self.create_opt()
+        self.opt.set_hyper("lr", self.lr if lr_max is None else lr_max)
+        peaks = np.array([hyper["lr"] for hyper in self.opt.hypers])
+
+        def cycle(start, middle, end):
+            return combine_scheds([pct_start, 1 - pct_start], [SchedLin(start, middle), SchedLin(middle, end)])
+
+        scheds = dict(lr=cycle(peaks / div, peaks, peaks / div_final), mom=cycle(*(moms or self.moms)))
+        self.fit(n_epoch, wd=wd, cbs=[ParamScheduler(scheds), *L(cbs)], **kwargs)
 
     def one_batch(self, i, b):
         device = torch.device(self.dls.device).type
@@ -90,7 +131,7 @@ class Learner(learner.Learner):
         return super().add_cb(cb)
 
     def no_bar(self):
-        return self.removed_cbs(self._grab_cbs(Progress))
+        return self.removed_cbs(L(cb for cb in self.cbs if isinstance(cb, Progress)))
 
 
 def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision: str = "auto", cbs=(),
@@ -102,23 +143,21 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
     """
     device = torch.device(dls.device)  # `dls.to("cpu")` makes it a string
     precision = resolve_precision(precision, device)
-    norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
+    norms: list = [m for m in model.modules() if isinstance(m, (*norm_types, nn.GroupNorm)) and m.weight is not None]
     for norm in norms:
         norm.weight.requires_grad_(recipe.train_norm_scales)
-    fixed = {p for p in model.parameters() if not p.requires_grad}
-    biases = {norm.bias: recipe.norm_bias_lr_scale for norm in norms if recipe.norm_bias_lr_scale != 1}
-    optimizer = OptFunc(
-        Muon, momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
-        lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps, lr_scales=biases,
+    optimizer = partial(
+        Muon, lr=kwargs.get("lr", recipe.lr_max or 0.1),  # of a fit that names none; fastai's is for Adam
+        momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
+        lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )  # fmt: skip
-    lr = kwargs.get("lr", recipe.lr_max or 0.1)  # of a fit that names none; fastai's is for Adam
     model = model.to(device)
     if device.type != "mps":
         model = model.to(memory_format=torch.channels_last)  # type: ignore  # convolutions run faster in this layout
     settings = dict(
         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
-        opt_func=OptFunc(LiveOptimWrapper, opt=optimizer, fixed=fixed, lr=lr),
+        opt_func=optimizer,
         metrics=accuracy,
         moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
         default_cbs=False,
@@ -136,4 +175,6 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
     )
     learn = Learner(dls, model, **(settings | kwargs))
     learn.precision = precision
+    learn.fixed = [p for p in model.parameters() if not p.requires_grad]
+    learn.lr_scales = {norm.bias: recipe.norm_bias_lr_scale for norm in norms if recipe.norm_bias_lr_scale != 1}
     return learn

@@ -1,6 +1,7 @@
 """The learning rate finder: fastai's sweep, the rule that turns its curve into lr_min and lr_max, and its plot."""
 
 import math
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -65,20 +66,30 @@ def smoothed(losses: list[float]) -> np.ndarray:
     return uniform_filter1d(np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf), SMOOTHING, mode="nearest")
 
 
+@contextmanager
+def restored(learn: Learner):
+    """Afterwards, weights, optimizer state and hyperparameters are as before, whatever happens in between."""
+    if learn.opt is None:
+        learn.create_opt()
+    before = deepcopy([get_model(learn.model).state_dict(), learn.opt.state_dict()])
+    try:
+        yield
+    finally:
+        for part, state in zip((get_model(learn.model), learn.opt), before, strict=True):
+            part.load_state_dict(state)
+
+
 class InMemoryLRFinder(LRFinder):
-    """fastai's LRFinder, but it keeps the weights in memory and not in a file until they are restored."""
+    """fastai's LRFinder without its file: our Learner restores the weights from memory."""
 
     name = "lr_finder"
 
     def before_fit(self):
         super(LRFinder, self).before_fit()
         self.best_loss = math.inf
-        self.before = deepcopy([get_model(self.model).state_dict(), self.opt.state_dict()])
 
     def after_fit(self):
         self.opt.zero_grad()
-        for part, state in zip((get_model(self.model), self.opt), self.before, strict=True):
-            part.load_state_dict(state)
 
 
 def find_lrs(learn: Learner) -> LRCurve:

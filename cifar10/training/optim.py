@@ -1,11 +1,10 @@
 """The optimizer: Muon for convolutions, SGD for all other parameters, in one class."""
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
 
 import torch
-from fastai.optimizer import OptimWrapper, set_item_pg
+from fastai.optimizer import Optimizer
+from fastcore.basics import groupby
 from torch import Tensor
 
 
@@ -21,9 +20,7 @@ def zeropower_via_newtonschulz(matrices: list[Tensor], steps: int = 3, dtype=tor
     wide = [(m / (m.norm() + 1e-7)).to(dtype) for m in wide]
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's, chosen to raise small singular values quickly
     results: list[Tensor] = [torch.empty(0)] * len(wide)
-    together: dict[int, list[int]] = {}  # on a GPU by size, on a CPU each by itself
-    for i, m in enumerate(wide):
-        together.setdefault(len(m) if m.is_cuda else -i, []).append(i)
+    together = groupby(range(len(wide)), lambda i: len(wide[i]) if wide[i].is_cuda else -i)  # on a CPU each by itself
     for numbers in together.values():
         square = torch.stack([wide[i] @ wide[i].T for i in numbers]).float()
         identity = a * torch.eye(square.shape[1], device=square.device)
@@ -37,7 +34,7 @@ def zeropower_via_newtonschulz(matrices: list[Tensor], steps: int = 3, dtype=tor
     return [r.T if m.shape[0] > m.shape[1] else r for m, r in zip(matrices, results, strict=True)]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """SGD with Nesterov momentum, whose updates of convolutions are orthogonalized (Muon) unless `use_muon` is false.
 
     A convolution's momentum `(out, in, h, w)` is orthogonalized as the matrix `(out, h·w·in)`. Its weights are
@@ -48,89 +45,53 @@ class Muon(torch.optim.Optimizer):
     them for freezing and discriminative learning rates. `lr_scales` are factors for the learning rates of single
     parameters. `dtype` is that of the large matrix products.
 
+    `hypers` holds `lr`, `mom` and `wd` of each group under fastai's names, `state[p]["momentum_buffer"]` the momentum.
+
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, and Jordan's CIFAR-10
     record, which rescales the weights as well. `torch.optim.Muon` takes matrices only.
     """
 
     def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 0.0,
                  use_muon: bool = True, lr_scale: float = 1.0, ns_steps: int = 3,
-                 lr_scales: Mapping[Any, float] | None = None, dtype=torch.float32):  # fmt: skip
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+                 lr_scales: Mapping[Tensor, float] | None = None, dtype=torch.float32):  # fmt: skip
+        super().__init__(params, cbs=(), lr=lr, mom=momentum, wd=weight_decay)
         self.use_muon, self.lr_scale, self.ns_steps, self.dtype = use_muon, lr_scale, ns_steps, dtype
         self.lr_scales = dict(lr_scales or {})
 
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("use_muon", "lr_scale", "ns_steps", "dtype", "lr_scales")
-        return super().__getstate__() | {name: getattr(self, name) for name in names}
+    def zero_grad(self):
+        """Free the gradients; filling them with zeros, as fastai does, would make the backward pass add to them."""
+        for p, *_ in self.all_params(with_grad=True):
+            p.grad = None
 
     @torch.no_grad()
-    def step(self):  # type: ignore  # a closure is not supported
-        for group in self.param_groups:
-            lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            muon = [self.use_muon and p.ndim == 4 for p in params]
-            gradients = [
-                p.grad.add(p, alpha=weight_decay) if weight_decay and p.ndim > 1 and not rescaled else p.grad
-                for p, rescaled in zip(params, muon, strict=True)
-            ]
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, gradients)
-            updates = list(torch._foreach_add(gradients, buffers, alpha=momentum))
-            rescaled = [i for i, yes in enumerate(muon) if yes]
-            last = [updates[i].permute(0, 2, 3, 1) for i in rescaled]  # channels last, which is faster
-            matrices = zeropower_via_newtonschulz([u.flatten(1) for u in last], self.ns_steps, self.dtype)
-            for i, matrix, u in zip(rescaled, matrices, last, strict=True):
-                p, (out, inputs) = params[i], matrix.shape
-                p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
-                updates[i] = matrix.view_as(u).permute(0, 3, 1, 2) * (self.lr_scale * max(1, out / inputs) ** 0.5)
-            for i, p in enumerate(params):
-                if p in self.lr_scales:
-                    updates[i] = updates[i] * self.lr_scales[p]
-            torch._foreach_add_(params, updates, alpha=-lr)
+    def step(self, closure=None):
+        """One step of all parameters that have a gradient; a `closure` is not supported, as in fastai."""
+        for group, hyper in zip(self.param_lists, self.hypers, strict=True):
+            if params := [p for p in group if p.grad is not None]:
+                self.step_group(params, hyper["lr"], hyper["mom"], hyper["wd"])
 
-
-class WritableHypers(dict):
-    """Hyperparameters of a parameter group under fastai's names; what is assigned to them reaches the group."""
-
-    def __init__(self, values: dict, group: dict, names: dict):
-        super().__init__(values)
-        self.group, self.names = group, names
-
-    def __setitem__(self, name: str, value):
-        super().__setitem__(name, value)
-        set_item_pg(self.group, self.names.get(name, name), value)
-
-
-class OptFunc(partial):
-    """A partial that is printed without the parameters among its arguments, as `learn.summary()` does."""
-
-    def __repr__(self):
-        shown = (f"{name}={value}" for name, value in self.keywords.items() if not isinstance(value, (dict, set)))
-        return f"{self.func.__name__}({', '.join(shown)})"
-
-
-class LiveOptimWrapper(OptimWrapper):
-    """fastai's wrapper of PyTorch's optimizers, but callbacks like `ReduceLROnPlateau` can assign to `hypers`.
-
-    `freeze` and `unfreeze` leave the `fixed` parameters as they are.
-    """
-
-    def __init__(self, *args, fixed=(), **kwargs):
-        self.fixed = set(fixed)
-        super().__init__(*args, **kwargs)
-
-    def _set_require_grad(self, rg: bool, p: Tensor, *others):
-        if p not in self.fixed:
-            super()._set_require_grad(rg, p, *others)
-
-    @property
-    def hypers(self) -> list[WritableHypers]:
-        return [
-            WritableHypers(values, group, self.bwd_map) for values, group in zip(super().hypers, self.opt.param_groups)
+    def step_group(self, params: list, lr: float, momentum: float, weight_decay: float):
+        muon = [self.use_muon and p.ndim == 4 for p in params]
+        gradients = [
+            p.grad.add(p, alpha=weight_decay) if weight_decay and p.ndim > 1 and not rescaled else p.grad
+            for p, rescaled in zip(params, muon, strict=True)
         ]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        # PyTorch documents its _foreach functions, in spite of their names: one call for all parameters of a group.
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        updates = list(torch._foreach_add(gradients, buffers, alpha=momentum))
+        rescaled = [i for i, yes in enumerate(muon) if yes]
+        last = [updates[i].permute(0, 2, 3, 1) for i in rescaled]  # channels last, which is faster
+        matrices = zeropower_via_newtonschulz([u.flatten(1) for u in last], self.ns_steps, self.dtype)
+        for i, matrix, u in zip(rescaled, matrices, last, strict=True):
+            p, (out, inputs) = params[i], matrix.shape
+            p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
+            updates[i] = matrix.view_as(u).permute(0, 3, 1, 2) * (self.lr_scale * max(1, out / inputs) ** 0.5)
+        for i, p in enumerate(params):
+            if p in self.lr_scales:
+                updates[i] = updates[i] * self.lr_scales[p]
+        torch._foreach_add_(params, updates, alpha=-lr)

@@ -82,9 +82,9 @@ class Recipe:
     crop_mode: Annotated[str, choices("reflect", "constant", "edge", "symmetric")] = "reflect"
     flip: bool = True
     cutout: Annotated[int, Bounds(0, 32)] = 8  # side of the square in pixels
-    # Side of the training images in pixels, and until which part of the training.
+    # Side of the training images in pixels, and until which part of the training run, from 0 to 1.
     sizes: tuple[tuple[int, float], ...] = ((32, 1.0),)
-    # Layers of the model that are not trained any more, and from which part of the training on.
+    # Layers of the model that are frozen, and from which part of the training run on, from 0 to 1.
     freeze: tuple[tuple[str, float], ...] = ()
 
     # Initialization: Dirac filters pass their input on, and the first filters whiten the images and are not trained, so
@@ -152,11 +152,11 @@ class Recipe:
         )
 
     def side(self, done: float) -> int:
-        """Side in pixels of a training image after this part of the training, from 0 to 1."""
+        """Side in pixels of a training image after this part of the training run, from 0 to 1."""
         return next((side for side, until in self.sizes if done < until), self.sizes[-1][0])
 
     def work_left(self, done: float) -> float:
-        """Duration of the rest of the training, in units of a whole training at the present image size."""
+        """Duration of the rest of the training run, in units of a whole run at the present image size."""
         begins = [0.0, *(until for _, until in self.sizes)]
         left = sum(side**2 * max(0.0, until - max(begin, done)) for (side, until), begin in zip(self.sizes, begins))
         return left / self.side(done) ** 2

@@ -44,6 +44,7 @@ class Strips(Callback):
 
     def before_fit(self):
         for module in filter(can_use_strips, self.model.modules()):
+            # Not a new module, which would be without the hooks that callbacks have registered.
             module.__class__ = StripConv2d
 
     def after_fit(self):

@@ -53,7 +53,7 @@ class ProgressiveResize(Callback):
 
 
 class FreezeLayers(Callback):
-    """Stop training the recipe's `freeze` layers, each from its part of the training on; afterwards all are as before.
+    """Freeze the recipe's `freeze` layers, each from its part of the training run on, until the end of the fit.
 
     Early layers settle first, and a backward pass that ends behind them is shorter.
     Source: Brock et al., "FreezeOut: Accelerate Training by Progressively Freezing Layers", 2017.

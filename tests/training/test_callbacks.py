@@ -54,23 +54,25 @@ def test_images_grow_and_validation_sees_full_size_ones(dls, recipe, capsys):
     assert last[1] > 0 and last[2] > 0.5  # 1.0 with each of 12 seeds
 
 
-@pytest.mark.parametrize(("recipe", "done", "work"), [("assignment", 0, 6), ("assignment", 2, 4), ("fast", 0, 9)])
-def test_the_time_estimate_is_given_once_and_right(dls, monkeypatch, recipe, done, work):
+@pytest.mark.parametrize(
+    ("recipe", "start_epoch", "work"), [("assignment", 0, 6), ("assignment", 2, 4), ("fast", 0, 9)]
+)
+def test_the_time_estimate_is_given_once_and_right(dls, monkeypatch, recipe, start_epoch, work):
     """By a clock on which a step takes a second: 50 of the LR finder, `work` epochs of 12, validation of 4 thirds."""
     dls = get_dls(dls.train.table.folder, batch_size=4)
     recipe = replace(RECIPES[recipe], epochs=6, peak_epoch=1)
     learn = get_learner(dls, recipe, width=2, precision="fp32")
     learn.remove_cb(ProgressCallback)
-    learn.add_cb(estimate := TimeEstimate(recipe, done))
+    learn.add_cb(estimate := TimeEstimate(recipe, start_epoch))
     estimates = []
     estimate.report = lambda step, epochs, seconds: estimates.append((step, epochs, seconds))
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: float(estimate.steps))
     with learn.no_logging():
-        learn.fit_one_cycle(6 - done, 0.01)
+        learn.fit_one_cycle(6 - start_epoch, 0.01)
     full_size = (32 / recipe.side(0)) ** 2 / 3
-    validation = 4 * full_size * (6 - done if recipe.validate == "each" else 1)
+    validation = 4 * full_size * (6 - start_epoch if recipe.validate == "each" else 1)
     sweep = 50 if recipe.lr_max is None else 0
-    assert estimates == [(1, 6 - done, pytest.approx(sweep + 12 * work + validation, rel=1e-3))]
+    assert estimates == [(1, 6 - start_epoch, pytest.approx(sweep + 12 * work + validation, rel=1e-3))]
 
 
 @pytest.mark.parametrize(("epochs", "seconds", "short"), [(24, 7200, 4), (24, 3000, None), (1, 7200, None)])

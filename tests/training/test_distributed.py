@@ -128,13 +128,13 @@ def whole(tmp_path_factory, digits) -> Path:
 
     def make(folder: Path):
         output = finish(torchrun("train.py", *OPTIONS, cwd=folder))
-        assert output.count("digits: ") == 2, output  # its first and its last line: only the first process prints
+        assert output.count("digits: ") == 2, output  # its first and its last line: only rank 0 prints
 
     return once(tmp_path_factory, "whole", make) / "runs" / "run"
 
 
 def test_killed_processes_are_started_again_and_the_run_resumes(whole, tmp_path):
-    """One is killed in the training, in the validation, and while it saves a checkpoint."""
+    """One is killed in training, in validation, and while it saves a checkpoint."""
     process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path, launcher=("--standalone", "--max-restarts", 3))
     output = finish(process)
     assert process.returncode == 0, output
@@ -280,7 +280,7 @@ def hosts():
 
 
 def start_on(hosts, folder: Path, *options) -> list[subprocess.Popen]:
-    """Start a training on two hosts that share no folder."""
+    """Start a training run on two hosts that share no folder."""
     started = []
     for rank, host in enumerate(hosts):
         (folder / host).mkdir()
@@ -296,7 +296,7 @@ def test_two_hosts_train_as_two_processes_of_one(hosts, whole, tmp_path):
     outputs = [finish(process) for process in start_on(hosts, tmp_path)]
     first, second = (tmp_path / host / "runs/run" for host in hosts)
     assert (first / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(), outputs
-    assert not second.exists()  # only the first process writes
+    assert not second.exists()  # only rank 0 writes
 
 
 def test_hosts_that_lose_each_other_end_after_the_timeout(hosts, tmp_path):

@@ -28,7 +28,7 @@ def test_whitened_patches_have_unit_variance_and_no_correlation():
     patches = F.unfold(images.double(), 3).transpose(1, 2).flatten(0, 1)
     covariance = (patches @ filters.T).T @ (patches @ filters.T) / len(patches)
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
-    # What the smallest variances lose to the added one stands in the scales of the normalization.
+    # What the smallest variances lose to the added one is in the scales of the normalization.
     torch.testing.assert_close(covariance.diag().sqrt().float(), norm.weight[:27].detach(), atol=1e-3, rtol=1e-2)
     assert norm.weight[0] == pytest.approx(1, abs=1e-3)
     assert torch.equal(conv.weight[27:54], -conv.weight[:27]) and conv.weight[54:].flatten(1).norm(dim=1).min() > 0

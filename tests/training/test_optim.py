@@ -1,7 +1,11 @@
 """Muon: orthogonal steps for convolutions, plain SGD with Nesterov momentum for the rest."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from conftest import small
+from fastai.vision.all import Callback, CancelFitException, L, MixedPrecision, set_seed
 from torch import nn
 
 from cifar10.training.optim import Muon, zeropower_via_newtonschulz
@@ -61,6 +65,38 @@ def test_a_convolutions_step_has_a_length_of_its_own(memory_format):
     Muon([conv.weight], lr=0.5, use_muon=True, lr_scale=0.2).step()
     values = torch.linalg.svdvals((conv.weight.detach() - before).flatten(1)) / (0.5 * 0.2)
     assert 0.5 < values.median() < 1.3
+
+
+class Scaled(MixedPrecision):
+    """fastai's callback for fp16, with the gradient scaler on the CPU and without autocast."""
+
+    def before_fit(self):
+        self.autocast, self.scales = nullcontext(), L()
+        self.learn.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+
+def test_scaled_gradients_of_fp16_give_the_same_steps(dls):
+    """A power of two changes no bit. A step whose gradients overflow is left out."""
+
+    def train(*cbs) -> list[torch.Tensor]:
+        set_seed(0)
+        learn = small(dls)
+        learn.dls.train.rng.seed(0)
+        learn.fit(1, 0.01, cbs=cbs)
+        return list(learn.model.parameters())
+
+    def overflow(cb):
+        if cb.training:
+            cb.learn.loss_grad = cb.loss_grad * float("inf")
+
+    plain, scaled = train(), train(Scaled())
+    assert all(map(torch.equal, plain, scaled))
+    initial, skipped = train(Callback(before_fit=cancel)), train(Scaled(), Callback(after_loss=overflow))
+    assert all(map(torch.equal, initial, skipped)) and not all(map(torch.equal, initial, plain))
+
+
+def cancel(cb):
+    raise CancelFitException
 
 
 def test_the_weights_of_a_convolution_keep_their_length():

@@ -68,6 +68,6 @@ def test_an_interrupted_training_leaves_no_strips_behind_the_next_one(digits):
 
 def test_they_are_for_bf16_on_a_cpu_with_amx(monkeypatch):
     for amx, precision, expected in ((True, "bf16", 1), (False, "bf16", 0), (True, "fp32", 0)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_tile": amx})
         callbacks = precision_callbacks(precision, torch.device("cpu"))
         assert sum(isinstance(callback, Strips) for callback in callbacks) == expected
