@@ -138,7 +138,8 @@ def test_killed_processes_are_started_again_and_the_run_resumes(whole, tmp_path)
     process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path, launcher=("--standalone", "--max-restarts", 3))
     output = finish(process)
     assert process.returncode == 0, output
-    assert output.count(LOST) == 3, output
+    # The other process notices it first, or torchrun does, which stops it by a signal.
+    assert len(re.findall(rf"({LOST}|stopped by SIGTERM); resume with: ", output)) == 3, output
     assert re.findall("Resuming after epoch (.) of 3", output) == ["0", "1", "1"], output
     run = tmp_path / "runs/run"
     assert '"processes": 2' in (run / "config.json").read_text()
