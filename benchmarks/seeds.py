@@ -4,7 +4,6 @@ Each seed's metrics go to a folder `<recipe>-<seed>`, as those of a run by train
 """
 
 import json
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +30,8 @@ def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int = 64) -> 
     set_seed(seed, reproducible=True)
     dls.train.rng.seed(seed)  # which draws the order of the images
     learn = get_learner(dls, recipe, width=width)
-    with learn.no_bar(), learn.no_logging(), tempfile.TemporaryDirectory() as folder:
-        chosen = choose_lrs(learn, recipe, Path(folder))
+    with learn.no_bar(), learn.no_logging():
+        chosen = choose_lrs(learn, recipe)
         fit(learn, chosen, [StopAtNaN()])
         seconds, recorder = now(dls.device) - begin, learn.recorder
         trained = dict(seconds=seconds, seconds_training=recorder.train_seconds, pflop=recorder.flop / 1e15)
