@@ -243,10 +243,12 @@ def test_freezing_there_and_back_keeps_what_the_recipe_fixes(digits):
 def test_another_precision_replaces_the_one_before(shapes):
     learn = small(get_dls(shapes, batch_size=16), precision="bf16")
     ours = learn.mixed_precision
-    assert learn.to_fp16() is learn and learn._grab_cbs(MixedPrecision) == [ours]  # on a CPU there is no other
+    assert learn.to_fp16() is learn and [cb for cb in learn.cbs if isinstance(cb, MixedPrecision)] == [
+        ours
+    ]  # on a CPU there is no other
     learn.dls = SimpleNamespace(device=torch.device("cuda"))
     learn.to_fp16()
-    assert [str(cb.amp_mode) for cb in learn._grab_cbs(MixedPrecision)] == ["AMPMode.FP16"]
+    assert [str(cb.amp_mode) for cb in [cb for cb in learn.cbs if isinstance(cb, MixedPrecision)]] == ["AMPMode.FP16"]
 
 
 def test_no_bar_is_for_once(dls, capsys):

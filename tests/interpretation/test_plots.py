@@ -106,13 +106,13 @@ def test_correct_images_fill_up_the_plots(interp, wrong, title, cam_title):
     correct = interp.preds[interp.decoded == interp.targs].max(dim=1).values
     assert certainty == sorted(correct.tolist())[: 20 - min(wrong, 20)]
     plot_misclassified(interp)
-    assert plt.gcf()._suptitle.get_text() == title
+    assert plt.gcf().get_suptitle() == title
     titles = [ax.get_title() for ax in plt.gcf().axes if ax.axison]
     assert ["actual" in text for text in titles] == [True] * min(wrong, 20) + [False] * (20 - min(wrong, 20))
     assert ["runner-up" in text for text in titles] == ["actual" not in text for text in titles]
     check_figure(20)
     plot_grad_cam(interp)
-    assert plt.gcf()._suptitle.get_text().endswith(cam_title)
+    assert plt.gcf().get_suptitle().endswith(cam_title)
     check_figure(80)
 
 
@@ -248,7 +248,7 @@ def test_curves_of_few_epochs(tmp_path, epochs):
         steps = 97 if name == "batches.csv" else 1
         (tmp_path / name).write_text("\n".join(rows[: 1 + epochs * steps]))
     plot_curves(tmp_path)
-    assert plt.gcf()._suptitle.get_text().endswith(f"after {epochs} epoch{'s' * (epochs > 1)}")
+    assert plt.gcf().get_suptitle().endswith(f"after {epochs} epoch{'s' * (epochs > 1)}")
     check_figure()
 
 
