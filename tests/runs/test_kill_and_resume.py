@@ -1,8 +1,9 @@
-"""Does a run that is killed and resumed end like one that was not? `RUNS_TO_KILL=20 python -m pytest -s THIS_FILE`
+"""Does a run that is killed and resumed end like one that was not?
 
 Trains one run without interruption. Then trains others with the same options, each of which is killed with SIGKILL at a
 random moment of a random step of a phase, every second one a second time, and resumed. At the end the weights of all
-must be equal to the last byte, and what was found and logged as well, apart from times.
+must be equal to the last byte, and what was found and logged as well, apart from times. The environment variable
+RUNS_TO_KILL is the number of runs (default: 2), RECORD a JSON file to write with what was killed when.
 """
 
 import itertools
@@ -12,6 +13,7 @@ import signal
 import threading
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from commandline import ROOT, SERVER, command
@@ -19,7 +21,8 @@ from fastai.vision.all import Learner
 from matplotlib import pyplot as plt
 
 import train
-from cifar10.files import read_csv
+from cifar10.files import read_csv, write_json
+from cifar10.hardware import collect_env
 from cifar10.runs import checkpoint
 
 RUNS_TO_KILL = int(os.environ.get("RUNS_TO_KILL", "2"))
@@ -81,10 +84,21 @@ def expected(tmp_path_factory):
     return outcome(folder / "run")
 
 
+@pytest.fixture(scope="module")
+def record():
+    """The kills of each run that ended like the uninterrupted one; written to the file RECORD at the end."""
+    runs: list[list[dict]] = []
+    yield runs
+    if file := os.environ.get("RECORD"):
+        counts = [sum(kill["killed"] for kill in kills) for kills in runs]
+        summary = dict(runs=RUNS_TO_KILL, killed=sum(n > 0 for n in counts), killed_twice=sum(n > 1 for n in counts))
+        write_json(Path(file), summary | dict(identical=len(runs), record=runs) | collect_env())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(RUNS_TO_KILL))
-def test_a_killed_run_resumes_exactly(number, expected, tmp_path):
-    rng, run = random.Random(number), tmp_path / "run"
+def test_a_killed_run_resumes_exactly(number, expected, record, tmp_path):
+    rng, run, kills = random.Random(number), tmp_path / "run", []
     todo = OPTIONS | dict(runs_dir=str(tmp_path), name="run")
     first = number % len(PHASES)
     for second in range(1 + number % 2):
@@ -96,9 +110,10 @@ def test_a_killed_run_resumes_exactly(number, expected, tmp_path):
         process = SERVER.Process(target=die, kwargs=kill | dict(options=todo))
         process.start()
         process.join()
-        print(f"run {number}, {kill}: exit code {process.exitcode}")
+        kills.append(kill | dict(killed=process.exitcode == -signal.SIGKILL))
         # A run may end before the delay, and a resumed one may have no such step left.
         assert process.exitcode == -signal.SIGKILL or second or (phase == "plotting" and process.exitcode == 0)
         todo = dict(resume=str(run))
     resume(run)
     assert outcome(run) == expected
+    record.append(kills)
