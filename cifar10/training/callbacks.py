@@ -4,10 +4,13 @@ import math
 import time
 from datetime import datetime, timedelta
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import AvgLoss, AvgSmoothLoss, Recorder
+from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Recorder
+from fastai.metrics import accuracy
+from fastcore.foundation import L
 from fastprogress.fastprogress import format_time
 from torch import Tensor
 
@@ -46,9 +49,9 @@ class Progress(ProgressCallback):
 
     def _write_stats(self, log):
         if log[0] == "epoch":
-            epoch, extra = "epoch", EpochRecorder.EXTRA
+            epoch, extra = "epoch", ("train_accuracy", "lr")
         else:
-            epoch, extra = log[0] + 1, self.recorder.extra[-1] if self.recorder.extra else [math.nan] * 2
+            epoch, extra = log[0] + 1, self.recorder.extra[-1]
         row = [epoch, *log[1:-1], *extra, log[-1]]
         super()._write_stats(["" if value != value else value for value in row])  # NaN: not computed
 
@@ -61,11 +64,12 @@ class EpochRecorder(Recorder):
     leaves no row; what was not computed is NaN.
     """
 
-    name, EXTRA = "recorder", ("train_accuracy", "lr")
+    name = "recorder"
 
     def __init__(self):
         super().__init__()
-        self.train_loss, self.smooth_loss = AvgLoss(), SmoothLoss()
+        self.train_loss, self.train_accuracy, self.smooth_loss = AvgLoss(), AvgMetric(accuracy), SmoothLoss()
+        self.losses = []  # here already, because a fit may be canceled before this callback's turn
 
     def before_fit(self):
         super().before_fit()
@@ -75,38 +79,29 @@ class EpochRecorder(Recorder):
 
     def before_epoch(self):
         super().before_epoch()
-        self.started, self.in_training, self.skipped = time.time(), False, False
-
-    def after_cancel_epoch(self):
-        self.skipped = not self.in_training
-
-    def before_train(self):
-        super().before_train()
         self.train_loss.reset()
-        self.in_training, self.correct, self.seen, self.start_train = True, 0, 0, time.time()
+        self.train_accuracy.reset()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing of this epoch was trained or validated."""
+        return len(self.log) == 1 and not self.train_loss.count
 
     def after_batch(self):
         if self.training and self.yb:
-            self.train_loss.accumulate(self.learn)
             self.step_losses.append(self.learn.loss.detach())
-            self.count_correct(getattr(self.learn, "pred", None), self.yb[0])
+            self.train_loss.accumulate(self.learn)
+            pred, y = getattr(self.learn, "pred", None), self.yb[0]
+            # Only of logits and classes: a callback may have put something else in their place.
+            if isinstance(pred, Tensor) and isinstance(y, Tensor) and pred.shape[:-1] == y.shape:
+                self.train_accuracy.accumulate(self.learn)
         super().after_batch()
 
-    def count_correct(self, pred, y):
-        """Only of logits and classes: a callback may have put something else in their place."""
-        if isinstance(pred, Tensor) and isinstance(y, Tensor) and pred.ndim == 2 and y.shape == pred.shape[:1]:
-            self.correct = self.correct + (pred.argmax(dim=1) == y).sum()
-            self.seen += len(y)
-
     def after_train(self):
-        super().after_train()  # reads the sums, so that a GPU is done
-        if self.cancel_train:
-            self.log.append(math.nan)
-        elif self.train_loss.count:
-            self.log[1] = float(self.train_loss.value)  # in place of fastai's smoothed loss
-        accuracy = float(self.correct) / self.seen if self.seen else math.nan
-        self.extra.append([accuracy, float(self.opt.hypers[-1]["lr"])])
-        self.train_seconds += time.time() - self.start_train
+        super().after_train()
+        # In place of fastai's smoothed loss. Reading it waits until a GPU is done.
+        self.log = L(self.epoch, mean(self.train_loss)) + self.log[2:]
+        self.train_seconds += time.time() - self.start_epoch
         self.fetch_losses()
 
     def after_validate(self):
@@ -116,17 +111,19 @@ class EpochRecorder(Recorder):
 
     def after_epoch(self):
         if not self.skipped:
-            self.seconds.append(time.time() - self.started)
+            self.seconds.append(time.time() - self.start_epoch)
+            self.extra.append([mean(self.train_accuracy), float(self.lrs[-1]) if self.lrs else math.nan])
             super().after_epoch()
 
-    def after_fit(self):
-        self.fetch_losses()
-
     def fetch_losses(self):
-        """Copy the smoothed losses to the host, where fastai's plots look for them, all at once."""
-        losses = getattr(self, "losses", [])  # none if the fit was canceled before this callback's turn
-        if waiting := [loss for loss in losses if loss.device.type != "cpu"]:
-            losses[-len(waiting) :] = torch.stack(waiting).cpu()
+        """Copy the smoothed losses to the host, where fastai's plots look for them."""
+        self.losses = [loss.to("cpu") for loss in self.losses]
+
+    after_fit = fetch_losses
+
+
+def mean(metric: AvgLoss | AvgMetric) -> float:
+    return float(metric.value) if metric.count else math.nan
 
 
 class ValidateLast(Callback):
@@ -150,7 +147,7 @@ class StopAtNaN(Callback):
         loss = self.loss.item()
         if not math.isfinite(loss):
             finite = torch.stack(self.recorder.step_losses).isfinite().tolist()
-            step = finite.index(False) if False in finite else len(finite) - 1
+            step = [*finite[:-1], False].index(False)  # the last one if the validation loss is not finite
             epoch, batch = divmod(step, len(self.dls.train))
             raise UserError(
                 f"the loss became {loss:g} in epoch {epoch + 1}, batch {batch + 1} of {len(self.dls.train)}, at a"
@@ -180,11 +177,12 @@ class TimeEstimate(Callback):
             step = (time.perf_counter() - self.start) / self.MEASURE
             recipe, epochs = self.recipe, self.recipe.epochs - self.start_epoch
             done = self.start_epoch / recipe.epochs
+            # The work of later steps, in units of a step with images of the present size.
+            work = [(recipe.side(part) / recipe.side(done)) ** 2 for part in np.linspace(done, 1, 1000, endpoint=False)]
+            training = self.sweep + epochs * len(self.dls.train) * np.mean(work)
             # A validation step is a forward pass on full-size images, about a third of the work.
-            validation_step = step * (recipe.sizes[-1][0] / recipe.side(done)) ** 2 / 3
-            validation = validation_step * len(self.dls.valid) * (epochs if recipe.validate == "each" else 1)
-            training = step * (self.sweep + recipe.epochs * len(self.dls.train) * recipe.work_left(done))
-            self.report(step, epochs, training + validation)
+            validation = work[-1] / 3 * len(self.dls.valid) * (epochs if recipe.validate == "each" else 1)
+            self.report(step, epochs, step * float(training + validation))
 
     def report(self, step: float, epochs: int, seconds: float):
         end = datetime.now() + timedelta(seconds=seconds)

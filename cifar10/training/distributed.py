@@ -29,7 +29,6 @@ class Distributed(Callback):
     def before_train(self):  # other events also come from predictions, which rank 0 makes alone
         if not isinstance(self.model, DistributedDataParallel):
             self.join()
-        self.flop = self.recorder.flop
         for value in get_model(self.model).state_dict().values():  # hosts with different processors may have drifted
             dist.broadcast(value, 0)
 
@@ -67,11 +66,7 @@ class Distributed(Callback):
 
     def after_train(self):
         recorder = self.recorder
-        if not recorder.cancel_train:
-            self.sum_up([recorder.train_loss, *(self.metrics if recorder.train_metrics else [])])
-        sums = self.tensor(recorder.correct, recorder.seen, recorder.flop - self.flop)
-        dist.all_reduce(sums)
-        recorder.correct, recorder.seen, recorder.flop = sums[0], int(sums[1]), self.flop + sums[2].item()
+        self.sum_up([recorder.train_loss, recorder.train_accuracy, *(self.metrics if recorder.train_metrics else [])])
 
     def after_validate(self):
         recorder = self.recorder
@@ -81,12 +76,9 @@ class Distributed(Callback):
     def sum_up(self, metrics):
         """Replace the sums in the metrics by those of all processes."""
         for metric in metrics:
-            metric.total = self.tensor(metric.total, metric.count)
-            dist.all_reduce(metric.total)
-            metric.total, metric.count = metric.total[0], int(metric.total[1])
-
-    def tensor(self, *values) -> Tensor:
-        return torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.dls.device)
+            sums = torch.tensor([float(metric.total), metric.count], dtype=torch.float64, device=self.dls.device)
+            dist.all_reduce(sums)
+            metric.total, metric.count = sums[0], int(sums[1])
 
     def after_fit(self):
         if isinstance(self.model, DistributedDataParallel):

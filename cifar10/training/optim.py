@@ -71,10 +71,10 @@ class Muon(Optimizer):
                 self.step_group(params, hyper["lr"], hyper["mom"], hyper["wd"])
 
     def step_group(self, params: list, lr: float, momentum: float, weight_decay: float):
-        muon = [self.use_muon and p.ndim == 4 for p in params]
+        muon = [i for i, p in enumerate(params) if self.use_muon and p.ndim == 4]
         gradients = [
-            p.grad.add(p, alpha=weight_decay) if weight_decay and p.ndim > 1 and not rescaled else p.grad
-            for p, rescaled in zip(params, muon, strict=True)
+            p.grad.add(p, alpha=weight_decay) if weight_decay and p.ndim > 1 and i not in muon else p.grad
+            for i, p in enumerate(params)
         ]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
@@ -84,10 +84,9 @@ class Muon(Optimizer):
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         updates = list(torch._foreach_add(gradients, buffers, alpha=momentum))
-        rescaled = [i for i, yes in enumerate(muon) if yes]
-        last = [updates[i].permute(0, 2, 3, 1) for i in rescaled]  # channels last, which is faster
+        last = [updates[i].permute(0, 2, 3, 1) for i in muon]  # channels last, which is faster
         matrices = zeropower_via_newtonschulz([u.flatten(1) for u in last], self.ns_steps, self.dtype)
-        for i, matrix, u in zip(rescaled, matrices, last, strict=True):
+        for i, matrix, u in zip(muon, matrices, last, strict=True):
             p, (out, inputs) = params[i], matrix.shape
             p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
             updates[i] = matrix.view_as(u).permute(0, 3, 1, 2) * (self.lr_scale * max(1, out / inputs) ** 0.5)

@@ -26,8 +26,8 @@ class Bounds(NamedTuple):
 POSITIVE = Bounds(0, 1e30, exclusive=True)
 AT_LEAST_0 = Bounds(0, 1e30)
 FRACTION = Bounds(0, 1)
-REFERENCE_SIDE = 32  # pixels along each side of the images that a recipe's pixel counts are for; others in proportion
 LAYERS = ("prep", "layer1", "layer2", "layer3")  # that can be frozen
+REFERENCE_SIDE = 32  # pixels along each side of the images that a recipe's pixel counts are for; others in proportion
 
 
 def check_fields(values):
@@ -124,10 +124,8 @@ class Recipe:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Recipe":
         """The recipe that `asdict` and JSON made `values` of. A field that was added since then has its default."""
-        pairs = dict(
-            sizes=tuple((int(side), float(until)) for side, until in values["sizes"]),
-            freeze=tuple((str(layer), float(begin)) for layer, begin in values.get("freeze", ())),
-        )
+        # JSON has no tuples.
+        pairs: dict[str, Any] = {name: tuple(map(tuple, v)) for name, v in values.items() if isinstance(v, list)}
         return cls(**values | pairs)
 
     def adapted(self, train_images: int, **changes) -> "Recipe":
@@ -154,12 +152,6 @@ class Recipe:
     def side(self, done: float) -> int:
         """Side in pixels of a training image after this part of the training run, from 0 to 1."""
         return next((side for side, until in self.sizes if done < until), self.sizes[-1][0])
-
-    def work_left(self, done: float) -> float:
-        """Duration of the rest of the training run, in units of a whole run at the present image size."""
-        begins = [0.0, *(until for _, until in self.sizes)]
-        left = sum(side**2 * max(0.0, until - max(begin, done)) for (side, until), begin in zip(self.sizes, begins))
-        return left / self.side(done) ** 2
 
 
 SMALL_DATASET = 10_000  # training images; with fewer, batches of 512 would leave only a handful of steps per epoch

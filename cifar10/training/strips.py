@@ -34,9 +34,8 @@ class StripConv2d(nn.Conv2d):
 
 def can_use_strips(conv: nn.Module) -> bool:
     """Whether a module is a convolution that `StripConv2d` computes."""
-    shape = ("kernel_size", (3, 3)), ("padding", (1, 1)), ("stride", (1, 1)), ("dilation", (1, 1)), ("groups", 1)
-    zeros = type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
-    return zeros and all(getattr(conv, name) == value for name, value in shape)
+    usual = dict(kernel_size=(3, 3), padding=(1, 1), stride=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros")
+    return type(conv) is nn.Conv2d and usual.items() <= vars(conv).items()
 
 
 class Strips(Callback):

@@ -96,7 +96,8 @@ class CountFlop(Callback):
         if key not in self.per_image:
             self.per_image[key] = count_flop(get_model(self.model), self.x.shape[1:])
         if hasattr(self.learn, "recorder"):
-            self.recorder.flop += len(self.x) * self.per_image[key]
+            images = getattr(self.dl, "whole", len(self.x))  # in all processes together
+            self.recorder.flop += images * self.per_image[key]
 
 
 def count_flop(model: nn.Module, shape) -> int:

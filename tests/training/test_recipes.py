@@ -73,11 +73,3 @@ def test_it_adapts_to_the_data():
 
 def test_sides():
     assert [SMALL_FIRST.side(done) for done in (0, 0.49, 0.5, 0.99)] == [16, 16, 32, 32]
-
-
-def test_the_work_that_is_left():
-    """A step on 16×16 is a quarter of one on 32×32."""
-    assert SMALL_FIRST.work_left(0) == pytest.approx(0.5 + 0.5 * 4)
-    assert SMALL_FIRST.work_left(0.25) == pytest.approx(0.25 + 0.5 * 4)
-    assert SMALL_FIRST.work_left(0.75) == pytest.approx(0.25)
-    assert RECIPES["assignment"].work_left(0.5) == pytest.approx(0.5)
