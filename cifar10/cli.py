@@ -79,6 +79,12 @@ def fail(message: str, status: int):
     raise SystemExit(status)
 
 
+def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before a bare `--`, and the rest: none of those after it is an option, whatever it begins with."""
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], words[end:]
+
+
 def parse(schema: Callable, words: list[str]) -> dict:
     """The options that were typed, by name, without those left at their default.
 
@@ -89,11 +95,13 @@ def parse(schema: Callable, words: list[str]) -> dict:
     look = dict(prog=plain.prog, description=plain.description, formatter_class=plain.formatter_class)
     parser = Parser(**look, parents=[plain], add_help=False, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    words = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), word) for word in words]
+    options, others = split_at_dashes(words)
+    # `--name` and `--name=value` only: argparse also takes `--my_photo 1.jpg`, a word with a space, as a value.
+    options = [re.sub(r"^--[\w-]+(?==|\Z)", lambda name: name[0].replace("_", "-"), word) for word in options]
     untyped = object()
     unused = ("pdb", "xtra")  # fastcore's own options, which do nothing here
     names = [*signature(schema).parameters, *unused, "debug"]
-    values = vars(parser.parse_args(words, Namespace(**dict.fromkeys(names, untyped))))
+    values = vars(parser.parse_args(options + others, Namespace(**dict.fromkeys(names, untyped))))
     typed = {name: value for name, value in values.items() if value is not untyped}
     for name in {*unused} & {*typed}:
         parser.error(f"unrecognized arguments: --{name}")
@@ -130,7 +138,7 @@ def run(main: Callable, schema: Callable | None = None, distributed: bool = Fals
         print(f"{Path(sys.argv[0]).name} runs in one process: the others end", file=sys.stderr)
         os.environ["WORLD_SIZE"] = "1"
     with script_settings():
-        debug = "--debug" in sys.argv
+        debug = "--debug" in split_at_dashes(sys.argv[1:])[0]
         try:
             typed = parse(schema or main, sys.argv[1:])
             typed.pop("debug", None)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import pytest
 
+import predict
 from cifar10 import cli
 from cifar10.cli import YesNo, parse
 from cifar10.errors import UserError
@@ -14,6 +15,7 @@ def example(
     batch_size: int = 3,  # a number
     flip: Annotated[bool | None, {"action": YesNo}] = None,  # yes or no
     tta: bool = False,  # a flag
+    save_as: str | None = None,  # a name
 ):
     "An example."
 
@@ -23,6 +25,38 @@ def test_only_what_was_typed(option):
     assert parse(example, ["here", option, "--no-flip"]) == {"folder": "here", "batch_size": 7, "flip": False}
     assert parse(example, ["here", "--tta"]) == {"folder": "here", "tta": True}
     assert parse(example, ["a_b-c", "--batch_size", "3"]) == {"folder": "a_b-c", "batch_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["--", "--my_photo.jpg"], {"folder": "--my_photo.jpg"}),
+        (["--batch_size=3", "--", "--batch_size"], {"folder": "--batch_size", "batch_size": 3}),
+        (["--", "--debug"], {"folder": "--debug"}),
+        (["--my_photo 1.jpg"], {"folder": "--my_photo 1.jpg"}),
+        (["here", "--save_as", "a_b"], {"folder": "here", "save_as": "a_b"}),
+        (["here", "--save_as=a_b"], {"folder": "here", "save_as": "a_b"}),
+        (["here", "--save_as=--a_b"], {"folder": "here", "save_as": "--a_b"}),
+        (["here", "--save_as", "--a_b c"], {"folder": "here", "save_as": "--a_b c"}),
+        (["here", "--save_as=--a_b=c_d e_f"], {"folder": "here", "save_as": "--a_b=c_d e_f"}),
+        (["here", "--save_as", "--", "x"], "argument --save-as: expected one argument"),
+        (["here", "--save_as", "--a_b"], "argument --save-as: expected one argument"),
+    ],
+)
+def test_values_are_kept_as_they_are(words, typed, capsys):
+    """Whatever comes after a bare `--`, and the values of options, although they look like options."""
+    if isinstance(typed, dict):
+        assert parse(example, words) == typed
+    else:
+        with pytest.raises(SystemExit):
+            parse(example, words)
+        assert typed in capsys.readouterr().err
+
+
+def test_several_values_after_two_dashes():
+    """As `predict.py` takes them; a second `--` is a value."""
+    typed = parse(predict.main, ["RUN", "--topk=2", "a_b", "--", "--my_photo.jpg", "--topk=3", "--", "-"])
+    assert typed == {"run": "RUN", "images": ["a_b", "--my_photo.jpg", "--topk=3", "--", "-"], "topk": 2}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +110,19 @@ def test_debug_keeps_the_traceback(error, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *args: None)
     with pytest.raises(type(error), match=str(error)):
         cli.run(main)
+
+
+def test_a_value_named_debug_is_not_the_option(monkeypatch, capsys):
+    def main(folder: str):
+        "An example."
+        raise UserError(f"{folder} is wrong")
+
+    monkeypatch.setattr("sys.argv", ["script", "--", "--debug"])
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **kwargs: None, raising=False)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    assert capsys.readouterr().err == "error: --debug is wrong\n"
 
 
 def test_argparse_itself_is_left_alone():
