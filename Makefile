@@ -20,8 +20,8 @@ lint: .venv/ready-dev
 # The marker is written last and an unmarked .venv is thrown away, so an interrupted installation is done again.
 # Where $(PYTHON) is that of an activated .venv, the Python behind it makes the new one.
 .venv/ready: requirements.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || \
-		{ echo "error: $(PYTHON) is older than Python 3.11.4; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11.5; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
 	base="$$($(PYTHON) -c 'import sys; print(sys._base_executable)')" && rm -rf .venv && "$$base" -m venv .venv
 	.venv/bin/python -m pip install -r requirements.txt -c constraints.txt
 	touch $@

@@ -1,15 +1,17 @@
 """One source of truth for versions, and the running interpreter has exactly those."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 
 import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from pip._internal.network.session import PipSession
 from pip._internal.req import parse_requirements
 from rattler import MatchSpec
@@ -86,3 +88,19 @@ def test_environment_yml():
     specs = {spec.name.normalized: spec for spec in map(MatchSpec, conda)}
     assert set(specs) == {"python", "pip"}
     assert str(specs["python"].version) == "3.11.*"
+
+
+def test_readme_the_makefile_and_the_workflow_agree_about_python():
+    """And all pinned versions can be installed with the oldest Python that README names."""
+    readme, makefile = ((ROOT / name).read_text() for name in ("README.md", "Makefile"))
+    (oldest,) = re.findall(r"You need Python (\S+) or newer", readme)
+    assert f"sys.version_info < ({oldest.replace('.', ', ')})" in makefile
+    assert f"older than Python {oldest};" in makefile
+    for name, requirement in requirements("requirements-dev.txt", "constraints.txt").items():
+        if not requirement.marker or requirement.marker.evaluate():
+            needs = distribution(name).metadata["Requires-Python"] or ""
+            assert SpecifierSet(needs).contains(oldest), f"{name} needs Python {needs}"
+    (tested,) = re.findall(r"tested with Python (\S+) on", readme)
+    (also,) = re.findall(r"pinned versions for Python ([^;]+)\.\n", readme)
+    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == [tested, re.findall(r"[\d.]+", also)[-1]]
