@@ -36,7 +36,7 @@ def test_everything_is_pinned_and_installed():
 def test_whatever_is_imported_is_required():
     """Packages that come along with another one are named, too, if the code imports them."""
     names = {"sklearn": "scikit-learn", "PIL": "pillow"}
-    paths = [*ROOT.glob("*.py"), *(ROOT / "cifar10").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    paths = [*ROOT.glob("*.py"), *(ROOT / "cifar10").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -46,7 +46,7 @@ def test_whatever_is_imported_is_required():
 
 
 def test_the_package_can_be_installed(tmp_path):
-    """Its metadata allow the versions that were tested, and its wheel holds the package and the scripts."""
+    """Its metadata allow the versions that were tested, and its wheel holds the package and nothing else."""
     for name in ("pyproject.toml", "README.md", "LICENSE", *(p.name for p in ROOT.glob("*.py"))):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "cifar10", tmp_path / "cifar10", ignore=shutil.ignore_patterns("__pycache__"))
@@ -56,7 +56,8 @@ def test_the_package_can_be_installed(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("METADATA"))
-    assert {path.name for path in ROOT.glob("*.py")} | {"cifar10/run.py"} <= set(names)
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "cifar10").rglob("*.py")}
+    assert package == {name for name in names if ".dist-info/" not in name}
     lines = [line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     allowed = {requirement.name: requirement for requirement in map(Requirement, lines)}
     pins = requirements("requirements-extras.txt")
