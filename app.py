@@ -23,6 +23,7 @@ from model import ResNet
 HERE = Path(__file__).parent
 DISPLAY_SIDE = 320  # pixels of the shown images
 LIKELIEST = "the likeliest class"
+STYLE = "#misclassified .caption-label { white-space: normal; max-width: 100%; }"  # or the prediction would be cut off
 SPACE_README = """---
 title: {title}
 sdk: gradio
@@ -33,40 +34,28 @@ A ResNet that was trained on {title}, as a web page. `python app.py` starts it.
 """
 
 
-def open_image(classifier: ImageClassifier, file: str | None) -> torch.Tensor | None:
-    """uint8 `(3, size, size)`, or None without a file. Raises Gradio's error for what is not an image."""
+def explain(
+    classifier: ImageClassifier, file: str | None, topk: int, layer: str, label: str, opacity: float
+) -> tuple[dict[str, float], Image.Image] | tuple[None, None]:
+    """Class → probability for the `topk` likeliest classes, and the image with the evidence for a class over it.
+
+    Raises Gradio's error for what is not an image.
+    """
     if not file:
-        return None
+        return None, None
     try:
-        return torch.from_numpy(decode_image(Path(file), classifier.ranges, classifier.size))
+        pixels = torch.from_numpy(decode_image(Path(file), classifier.ranges, classifier.size))
     except UserError:
         raise import_extra("gradio", "app").Error("This file can't be read as an image; choose another one.") from None
-
-
-def likeliest_classes(classifier: ImageClassifier, file: str | None, topk: int) -> dict[str, float] | None:
-    """Class → probability, for the `topk` likeliest classes of the image."""
-    pixels = open_image(classifier, file)
-    if pixels is None:
-        return None
     best = classifier.classify(pixels[None])[0].topk(int(topk))
-    return {classifier.names[k]: float(p) for p, k in zip(*best, strict=True)}
-
-
-def evidence(
-    classifier: ImageClassifier, file: str | None, layer: str, label: str, opacity: float
-) -> Image.Image | None:
-    """The image with the evidence for a class over it."""
-    pixels = open_image(classifier, file)
-    if pixels is None:
-        return None
-    known = label in classifier.names
-    number = classifier.names.index(label) if known else int(classifier.classify(pixels[None]).argmax())
+    names = [classifier.names[k] for k in best.indices]
+    number = classifier.names.index(names[0] if label == LIKELIEST else label)
     heat = classifier.grad_cam(pixels, number)[GRADCAM_LAYERS.index(layer)]
     image = overlay(pixels, heat, opacity).resize((DISPLAY_SIDE, DISPLAY_SIDE), Image.Resampling.NEAREST)
     exif = Image.Exif()  # Gradio would write equal images to the same file, also while somebody downloads it
     exif[ExifTags.Base.ImageUniqueID] = uuid4().hex
     image.info["exif"] = exif.tobytes()
-    return image
+    return dict(zip(names, best.values.tolist(), strict=True)), image
 
 
 def build(classifier: ImageClassifier, folder: Path):
@@ -95,15 +84,13 @@ def build(classifier: ImageClassifier, folder: Path):
                 chosen = gr.Dropdown([LIKELIEST, *classifier.names], value=LIKELIEST, label="Evidence for")
                 opacity = gr.Slider(0, 1, 0.5, label="Opacity", elem_id="opacity")
         if wrong:
-            gr.Gallery(wrong, label="Misclassified images", columns=5, buttons=["download", "fullscreen"])
-        for name, function, inputs, output in (
-            ("classify", likeliest_classes, [file, topk], label),
-            ("explain", evidence, [file, layer, chosen, opacity], heat),
-        ):
-            changes = [part.change for part in inputs]
-            # One at a time: the hooks of Grad-CAM would see the activations of another request.
-            one = dict(concurrency_id="model", concurrency_limit=1)
-            gr.on(changes, partial(function, classifier), inputs, output, api_name=name, **one)
+            gallery = dict(columns=5, buttons=["download", "fullscreen"], elem_id="misclassified")
+            gr.Gallery(wrong, label="Misclassified images", **gallery)
+        inputs = [file, topk, layer, chosen, opacity]
+        # One at a time: the hooks of Grad-CAM would see the activations of another request.
+        one = dict(concurrency_id="model", concurrency_limit=1)
+        changes = [part.change for part in inputs]
+        gr.on(changes, partial(explain, classifier), inputs, [label, heat], api_name="explain", **one)
     return page
 
 
@@ -146,8 +133,9 @@ def main(
     address = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
     images = [str(weights.parent.resolve() / name) for name in ("examples", "misclassified", "misclassified.png")]
     _, url, shared = page.launch(
-        server_name=address, server_port=port, share=share, allowed_paths=images, quiet=True, prevent_thread_lock=True
-    )
+        server_name=address, server_port=port, share=share, allowed_paths=images, css=STYLE, quiet=True,
+        prevent_thread_lock=True,
+    )  # fmt: skip
     print(f"The page is at {shared or url}; stop it with Ctrl-C", flush=True)
     page.block_thread()
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from cifar10 import cli
 from cifar10.errors import UserError
 from cifar10.files import OutputFile, read_csv, save_figure
-from cifar10.interpretation import shorten_middle
+from cifar10.interpretation import markdown_table, shorten_middle
 
 LOG = Path(__file__).parent / "results/notebook/log.csv"
 NOTEBOOK = "the assignment's notebook"
@@ -44,13 +44,6 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.2%}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def markdown(header: list[str], rows, right: int = 0) -> str:
-    """A table whose last `right` columns are aligned to the right."""
-    rules = ["---"] * (len(header) - right) + ["---:"] * right
-    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (header, rules, *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def table(runs: list[dict]) -> str:
     """A row for the runs that differ in nothing but the seed."""
     groups: dict[str, list[dict]] = {}
@@ -65,7 +58,7 @@ def table(runs: list[dict]) -> str:
             spread([metrics["accuracy"] for metrics in found]), spread(tta) if tta else "",
             f"{mean(pflop):.3g}" if pflop else "", f"{mean(metrics['seconds'] for metrics in found) / 60:.1f}",
         ])  # fmt: skip
-    return markdown(HEADER, rows, right=6)
+    return markdown_table(HEADER, rows, right=6)
 
 
 def curves(runs: list[dict]) -> list[tuple[str, pd.DataFrame]]:

@@ -6,7 +6,7 @@ from cifar10 import cli
 from cifar10.data import ImageTable, build_dls, eval_split_name
 from cifar10.errors import UserError
 from cifar10.files import write_json
-from cifar10.interpretation import tta_accuracy, write_html, write_report
+from cifar10.interpretation import write_report
 from cifar10.runs import Run
 from cifar10.training import build_learner
 from model import ResNet
@@ -54,17 +54,11 @@ def main(
     if own:
         finished.check_data(learn)
     folder.mkdir(parents=True, exist_ok=True)
-    interp, metrics = write_report(learn, folder, about)
-    print(f"{run}: {metrics['accuracy']:.2%} of {metrics['images']:,} {about} correct; see {folder / 'report.html'}")
-    if tta:
-        metrics["tta_accuracy"] = tta_accuracy(interp, recipe.flip)
-        print(f"With test-time augmentation: {metrics['tta_accuracy']:.2%}")
-    if folder == finished.path:
-        finished.write_metrics(**{"tta_accuracy": metrics["tta_accuracy"]} if tta else {})
-        metrics = finished.metrics | metrics
-    else:
+    metrics = write_report(learn, finished, folder, about, tta)
+    if folder != finished.path:
         write_json(folder / "metrics.json", metrics)
-    write_html(interp, metrics, finished, folder, about)
+    elif tta:
+        finished.write_metrics(tta_accuracy=metrics["tta_accuracy"])
 
 
 if __name__ == "__main__":

@@ -62,33 +62,32 @@ def main(
         raise UserError("no images were named; give files, folders, or a list on the standard input")
     if gradcam and Path(gradcam).is_file():
         raise UserError(f"{gradcam} is a file; give a folder for the plots")
-    rows, probabilities, failed = [], {}, 0
+    names, probabilities, failed = [], [torch.empty(0, len(classifier.classes))], 0
     for some in chunked(files, images_at_once(classifier.size)):
         preds, good, broken = classifier.predict_files(some, tta)
         for i, why in broken.items():
             print(f"{printable(some[i])} can't be used as an image ({why})", file=sys.stderr)
         failed += len(broken)
-        best, numbers = (values.tolist() for values in preds.topk(topk))
-        for i, row, ps, ks in zip(good, preds, best, numbers, strict=True):
-            cells = [cell for p, k in zip(ps, ks, strict=True) for cell in (classifier.classes[k], p)]
-            rows.append([printable(some[i]), *cells])
-            if json:
-                probabilities[printable(some[i])] = dict(zip(classifier.classes, row.tolist(), strict=True))
-            if gradcam:
+        names += [printable(some[i]) for i in good]
+        probabilities.append(preds)
+        if gradcam:
+            for i, row in zip(good, preds, strict=True):
                 write_grad_cam(classifier, some[i], row, Path(gradcam))
-    columns = ["image", *(name for k in range(1, topk + 1) for name in (f"class {k}", f"probability {k}"))]
+    preds = torch.cat(probabilities)
+    table = pd.DataFrame({"image": names})
+    for k, (values, numbers) in enumerate(zip(*(best.T.tolist() for best in preds.topk(topk))), start=1):
+        table[f"class {k}"], table[f"probability {k}"] = [classifier.classes[number] for number in numbers], values
     if json:
-        write_json(Path(json), probabilities)
+        by_class = (dict(zip(classifier.classes, row, strict=True)) for row in preds.tolist())
+        write_json(Path(json), dict(zip(names, by_class, strict=True)))
     if csv:
-        write_csv(Path(csv), columns, rows)
+        write_csv(Path(csv), list(table), table.values)
     if json or csv:
-        print(f"{len(rows):,} images classified; see {' and '.join(filter(None, (csv, json)))}")
-    elif rows:
-        table = pd.DataFrame(rows, columns=columns)
-        for name in columns[2::2]:
-            table[name] = table[name].map("{:.1%}".format)
-        aligned = {name: f"{{:<{max(map(len, table[name]))}}}".format for name in table.columns}  # left
-        print(table.to_string(index=False, justify="left", formatters=aligned))
+        print(f"{len(names):,} images classified; see {' and '.join(filter(None, (csv, json)))}")
+    elif names:
+        texts = table.select_dtypes(exclude="number")
+        aligned = {name: f"{{:<{texts[name].str.len().max()}}}".format for name in texts}  # left
+        print(table.to_string(index=False, justify="left", formatters=aligned, float_format="{:.1%}".format))
     if failed:
         cli.fail(f"{failed:,} of {len(files):,} images can't be used", 1)
 

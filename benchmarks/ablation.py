@@ -21,8 +21,8 @@ from cifar10 import cli
 from cifar10.data.table import ImageTable
 from cifar10.files import OutputFile, write_json
 from cifar10.hardware import collect_env
+from cifar10.interpretation import markdown_table
 from cifar10.training.recipes import RECIPES, Recipe, choices
-from compare import markdown
 from train import get_dls
 
 BASELINE = "nothing"
@@ -104,7 +104,7 @@ def table(name: str, results: dict) -> str:
         rows.append([change, f"{mean(values):.2%}", "" if change == BASELINE else f"{mean(points):+.2f}{spread}"])
     seeds = f"{results['seeds']} seed{'s' * (results['seeds'] > 1)}"
     title = f"`{name}`, {results['epochs']} epochs, width {results['width']}, {seeds}: `{results['command']}`"
-    return f"{title}\n\n{markdown(['change', 'hold-out accuracy', 'difference in points'], rows, right=2)}"
+    return f"{title}\n\n{markdown_table(['change', 'hold-out accuracy', 'difference in points'], rows, right=2)}"
 
 
 def main(

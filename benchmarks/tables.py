@@ -16,10 +16,10 @@ from benchmarks.seeds import is_of
 from cifar10 import cli
 from cifar10.errors import UserError
 from cifar10.files import read_csv, write
-from cifar10.interpretation.page import CIFAR10_SHA256
+from cifar10.interpretation.report import CIFAR10_SHA256, markdown_table
 from cifar10.training.options import Options
 from cifar10.training.recipes import RECIPES
-from compare import markdown, spread
+from compare import spread
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -70,7 +70,7 @@ def results() -> str:
         ])  # fmt: skip
     log = read_csv(RESULTS / "notebook/log.csv")["test_accuracy_percent"]
     rows.append(["[the assignment's notebook](results/notebook/log.csv)", len(log), f"{log[-1]:.2f}%", "", 1, "", ""])
-    return markdown(["run", "epochs", "test accuracy", "with TTA", "runs", "PFLOP", "minutes"], rows, right=6)
+    return markdown_table(["run", "epochs", "test accuracy", "with TTA", "runs", "PFLOP", "minutes"], rows, right=6)
 
 
 def recipes() -> str:
@@ -94,7 +94,7 @@ def recipes() -> str:
         "validation": lambda r: "after each epoch" if r.validate == "each" else "at the end",
     }
     rows = [[title, *map(describe, RECIPES.values())] for title, describe in described.items()]
-    return markdown(["", *(f"`{name}`" for name in RECIPES)], rows)
+    return markdown_table(["", *(f"`{name}`" for name in RECIPES)], rows)
 
 
 def options() -> str:
@@ -106,7 +106,7 @@ def options() -> str:
         names = ", ".join(f"`{name.replace('-', '_').replace('__', '--', 1)}`" for name in action.option_strings)
         values = f" ({', '.join(f'`{value}`' for value in action.choices)})" if action.choices else ""
         rows.append([names, action.help.replace("<", "&lt;") + values])
-    return markdown(["option", "meaning"], rows)
+    return markdown_table(["option", "meaning"], rows)
 
 
 def speed() -> str:
@@ -125,7 +125,7 @@ def speed() -> str:
         ["duration of a training step, against a plain loop with the same model, optimizer and precision",
          f"{overhead['one_batch_ms'] / overhead['bare_ms']:.3f}×"],
     ]  # fmt: skip
-    return markdown(["two CPU cores, bf16", "measured"], rows, right=1)
+    return markdown_table(["two CPU cores, bf16", "measured"], rows, right=1)
 
 
 def scale() -> str:
@@ -135,7 +135,7 @@ def scale() -> str:
          f"{row['reducing'] / row['step']:.1%}" if row["reducing"] else ""]
         for row in read_json("scale.json")["seconds"]
     ]  # fmt: skip
-    return markdown(["processes", "speed", "loading", "all-reduce"], rows, right=4)
+    return markdown_table(["processes", "speed", "loading", "all-reduce"], rows, right=4)
 
 
 def ablation() -> str:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,6 +77,8 @@ def test_upload_a_photo_and_see_the_evidence(run):
         assert [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"] == []
         thumbnails = chrome.find_elements(By.CSS_SELECTOR, "button img, .gallery img")
         assert len(thumbnails) >= 10
+        for caption in chrome.find_elements(By.CSS_SELECTOR, "#misclassified .caption-label"):  # none is cut off
+            assert chrome.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", caption)
         chrome.get(address)
         upload = wait.until(lambda c: c.find_element(By.CSS_SELECTOR, "#image input[type=file]"))
         upload.send_keys(str(run.parents[1] / "text.png"))
@@ -95,19 +98,18 @@ def test_only_images_of_the_report_are_served(run):
 def test_many_at_once(run):
     from gradio_client import Client, handle_file
 
-    calls = {"/classify": (3,), "/explain": ("layer2", "ring", 0.5)}
     with serving(ROOT / "app.py", run, cwd=run) as address:
         client = Client(address, verbose=False)
         file = handle_file(str(run.parents[1] / "photo.jpg"))
-        with ThreadPoolExecutor(20) as pool:  # both kinds at once, of which one hooks into the model
-            jobs = [(name, pool.submit(client.predict, file, *calls[name], api_name=name)) for name in [*calls] * 10]
-            answers = {name: [job.result() for kind, job in jobs if kind == name] for name in calls}
-    assert len(answers["/classify"]) == 10 and all(answer == answers["/classify"][0] for answer in answers["/classify"])
-    assert {entry["label"] for entry in answers["/classify"][0]["confidences"]} == {"cross", "ring", "bar"}
+        with ThreadPoolExecutor(20) as pool:  # Grad-CAM hooks into the model
+            ask = partial(client.predict, file, 3, "layer2", "ring", 0.5, api_name="/explain")
+            probabilities, images = zip(*(job.result() for job in [pool.submit(ask) for _ in range(20)]))
+    assert all(answer == probabilities[0] for answer in probabilities)
+    assert {entry["label"] for entry in probabilities[0]["confidences"]} == {"cross", "ring", "bar"}
     classifier = app.ImageClassifier.load(run, app.ResNet)
-    expected = app.evidence(classifier, str(run.parents[1] / "photo.jpg"), "layer2", "ring", 0.5)
-    paths = [answer if isinstance(answer, str) else answer["path"] for answer in answers["/explain"]]
-    assert len({*paths}) == 10  # or one would be written while another request downloads it
+    _, expected = app.explain(classifier, str(run.parents[1] / "photo.jpg"), 3, "layer2", "ring", 0.5)
+    paths = [image if isinstance(image, str) else image["path"] for image in images]
+    assert len({*paths}) == 20  # or one would be written while another request downloads it
     for path in paths:
         difference = np.asarray(Image.open(path).convert("RGB")).astype(int) - np.asarray(expected)
         assert abs(difference).mean() < 8  # Gradio compresses the picture
@@ -130,16 +132,13 @@ def test_a_space_runs_from_its_folder(run, tmp_path):
 def test_the_functions(run):
     classifier = app.ImageClassifier.load(run, app.ResNet)
     photo = str(run.parents[1] / "photo.jpg")
-    found = app.likeliest_classes(classifier, photo, 2)
+    show = partial(app.explain, classifier, photo, 2, "layer1")
+    found, one = show("ring", 0.5)
+    _, other = show("cross", 0.5)
     assert len(found) == 2 and list(found.values()) == sorted(found.values(), reverse=True)
-    one, other = (app.evidence(classifier, photo, "layer1", label, 0.5) for label in ("ring", "cross"))
     assert one.size == (320, 320) and one.tobytes() != other.tobytes()
-    best = app.evidence(classifier, photo, "layer1", app.LIKELIEST, 0.5)
-    assert best.tobytes() == app.evidence(classifier, photo, "layer1", next(iter(found)), 0.5).tobytes()
-    assert (
-        app.likeliest_classes(classifier, None, 2) is None
-        and app.evidence(classifier, None, "layer1", "ring", 0.5) is None
-    )
+    assert show(app.LIKELIEST, 0.5)[1].tobytes() == show(next(iter(found)), 0.5)[1].tobytes()
+    assert app.explain(classifier, None, 2, "layer1", "ring", 0.5) == (None, None)
 
 
 def test_without_gradio(run, monkeypatch, tmp_path):

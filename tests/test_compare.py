@@ -64,10 +64,6 @@ def test_the_close_up_begins_where_the_first_run_comes_near_the_best_accuracy():
     plt.close()
 
 
-def test_a_table_in_markdown():
-    assert compare.markdown(["a", "b"], [["x|y", 1]], right=1) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
-
-
 def test_what_is_not_a_run_is_not_compared(tmp_path):
     done = command("compare.py", tmp_path, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not the folder of a finished run" in done.stderr

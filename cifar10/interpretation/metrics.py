@@ -18,20 +18,22 @@ BINS = 15  # of confidence, as in Guo et al.
 
 def per_class(interp: Interpretation) -> dict[str, dict[str, float | int | None]]:
     """Class → precision, recall, F1 and number of images; `None` where there is nothing to divide by."""
-    labels = range(len(interp.names))
+    labels, keys = range(len(interp.names)), ["precision", "recall", "f1", "images"]
     scores = skm.precision_recall_fscore_support(interp.targs, interp.decoded, labels=labels, zero_division=np.nan)
-    keys = ("precision", "recall", "f1", "images")
-    rows = ([None if np.isnan(value) else value for value in row] for row in np.array(scores).T.tolist())
-    return {name: dict(zip(keys, row, strict=True)) for name, row in zip(interp.names, rows, strict=True)}
+    table = pd.DataFrame(scores, index=keys, columns=interp.names).astype(object)
+    return table.where(table.notna(), None).to_dict()
 
 
-def macro(classes: dict[str, dict]) -> dict[str, float]:
-    """The means over the classes that have images.
+def macro(interp: Interpretation) -> dict[str, float]:
+    """The means of precision, recall and F1 over the classes that have images.
 
     A value that is undefined, such as the precision of a class that is never predicted, counts as 0.
     """
-    rows = [row for row in classes.values() if row["images"]]
-    return {key: float(np.mean([row[key] or 0.0 for row in rows])) for key in ("precision", "recall", "f1")}
+    found = interp.targs.unique()
+    means = skm.precision_recall_fscore_support(
+        interp.targs, interp.decoded, labels=found, average="macro", zero_division=0
+    )
+    return dict(zip(("precision", "recall", "f1"), map(float, means[:3])))
 
 
 def confidence_interval(interp: Interpretation) -> tuple[float, float]:
@@ -76,20 +78,20 @@ def with_temperature(preds: Tensor, temperature: float) -> Tensor:
 
 def summarize(interp: Interpretation, temperature: float | None = None) -> dict[str, Any]:
     """The metrics of an `Interpretation`, as in metrics.json."""
-    classes = per_class(interp)
     metrics = dict(
         accuracy=interp.accuracy,
         accuracy_interval=confidence_interval(interp),
+        most_common_class=interp.targs.bincount().max().item() / len(interp.targs),  # its share of the images
         loss=interp.losses.mean().item(),
         images=len(interp.targs),
-        macro=macro(classes),
+        macro=macro(interp),
         calibration_error=calibration_error(interp.preds, interp.targs),
         temperature=temperature,
     )
     if temperature:
         preds = with_temperature(interp.preds, temperature)
         metrics["calibration_error_with_temperature"] = calibration_error(preds, interp.targs)
-    return metrics | dict(per_class=classes)
+    return metrics | dict(per_class=per_class(interp))
 
 
 def likely_label_errors(interp: Interpretation, count: int) -> Tensor:

@@ -67,8 +67,8 @@ def plot_confusion(interp: Interpretation):
     matrix, names = interp.confusion_matrix(), np.array(display_names(interp.names, 24))
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(1)  # of the actual class, which may have few images
     many = len(names) > MAX_CONFUSION
-    size = (17, 10.5) if many else (9, 9)  # inches
-    figure, axes = plt.subplots(1, 1 + many, figsize=size, layout="constrained", squeeze=False)
+    size = (17, 9.6) if many else (9, 9)  # inches
+    figure, axes = plt.subplots(1, 1 + many, figsize=size, layout="compressed", squeeze=False)
     if many:
         whole = axes[0, 0]
         whole.imshow(shares, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.3))  # shows small ones, too
@@ -93,15 +93,22 @@ def most_confused_classes(matrix: np.ndarray, count: int) -> list[int]:
     return sorted(list(dict.fromkeys(classes.tolist()))[:count])
 
 
-def caption(interp: Interpretation, names: list[str], row: int, kind: str, label: int, limit: int) -> str:
-    """A class and its probability. The name gets lines of its own if all of it does not fit into `limit` columns."""
-    name, probability = names[label], f"{interp.preds[row, label]:.0%}"
-    if max(map(width, names)) + len(f"{kind}:  (100%)") <= limit:
-        return f"{kind}: {name} ({probability})"
-    name_lines = wrap(name, limit)
-    if len(f"{kind} (100%):") <= limit:
-        return "\n".join([f"{kind} ({probability}):", *name_lines])
-    return "\n".join([f"{kind}:", *name_lines, f"({probability})"])
+def caption(interp: Interpretation, names: list[str], row: int, limit: int) -> list[str]:
+    """The two classes of an image with their probabilities; in lines of `limit` columns if they are longer."""
+    captions = []
+    for kind, label in interp.two_classes(row):
+        start, name = f"{kind} {interp.preds[row, label]:.0%}:", names[label]
+        whole = f"{start} {name}"
+        captions.append(whole if width(whole) <= limit else "\n".join([start, *wrap(name, limit)]))
+    return captions
+
+
+def title_of_hardest(interp: Interpretation, shown: int) -> str:
+    """What the `shown` hardest images are, to be written after "the"."""
+    wrong = len(interp.misclassified())
+    if wrong >= shown:
+        return f"{shown} worst of {wrong:,} misclassified images"
+    return f"{wrong} misclassified and {shown - wrong} least certain correct images"
 
 
 @with_fonts
@@ -112,31 +119,15 @@ def plot_misclassified(interp: Interpretation):
     """
     shown = interp.hardest(N_MISCLASSIFIED)
     names = display_names(interp.names, 22)
-    captions = ["\n".join(caption(interp, names, row, *each, 29) for each in interp.two_classes(row)) for row in shown]
-    rows, lines = -(-len(shown) // 5), 1 + max(text.count("\n") for text in captions)
-    height = 0.5 + (1.9 + 0.15 * lines) * rows  # inches
-    figure, axes = plt.subplots(rows, 5, figsize=(10, height), layout="constrained", squeeze=False)
-    for ax, text, image, row in zip(axes.flat, captions, interp.images(shown)[1].cpu(), shown):
-        show_image(ax, image, text)
-        ax.title.set_color("black" if interp.decoded[row] != interp.targs[row] else "tab:green")
+    rows = -(-len(shown) // 5)
+    figure, axes = plt.subplots(rows, 5, figsize=(10, 0.3 + 2.3 * rows), layout="constrained", squeeze=False)
     for ax in axes.flat[len(shown) :]:
         ax.axis("off")
-    what = which_images(interp, len(shown))
-    green = "; green: correct" * (0 < len(interp.misclassified()) < len(shown))
-    figure.suptitle(f"{what[0].upper()}{what[1:]} (out of {len(interp.targs):,}{green})")
-
-
-def which_images(interp: Interpretation, shown: int) -> str:
-    """What the `shown` hardest images are, for a title."""
-    wrong = len(interp.misclassified())
-    if wrong > shown:
-        return f"the {shown} worst of {wrong:,} misclassified images"
-    if wrong == shown:
-        return f"all {wrong} misclassified images" if wrong > 1 else "the one misclassified image"
-    count = shown - wrong
-    certain = f"the {count} least certain correct images" if count > 1 else "the least certain correct image"
-    misclassified = f"all {wrong} misclassified" if wrong > 1 else "the one misclassified"
-    return f"{misclassified} and {certain}" if wrong else f"{certain}, as none is misclassified"
+    for ax, image, row in zip(axes.flat, interp.images(shown)[1].cpu(), shown):
+        show_image(ax, image, "\n".join(caption(interp, names, row, 29)))
+        ax.title.set_color("black" if interp.decoded[row] != interp.targs[row] else "tab:green")
+    green = "; green: correct" * (len(interp.misclassified()) < len(shown))
+    figure.suptitle(f"The {title_of_hardest(interp, len(shown))} (out of {len(interp.targs):,}{green})")
 
 
 def overlay(pixels: Tensor, heat: Tensor, opacity: float) -> Image.Image:
@@ -168,29 +159,26 @@ def plot_grad_cam(interp: Interpretation):
     """
     rows = interp.hardest(N_GRADCAM)
     names = display_names(interp.names, 26)
-    per_band = 5  # images side by side; more would be too small to see
-    bands = -(-len(rows) // per_band)
-    figure = plt.figure(figsize=(14, 6.4 * bands))
     inputs, images = interp.images(rows)
-    pairs = [interp.two_classes(row) for row in rows]
-    captions = [[caption(interp, names, row, *each, 13) for each in pair] for row, pair in zip(rows, pairs)]
-    lines = 1 + max(text.count("\n") for pair in captions for text in pair)
-    classes = torch.tensor([label for pair in pairs for _, label in pair])
+    classes = torch.tensor([label for row in rows for _, label in interp.two_classes(row)])
     heat = grad_cam(interp.learn.model, inputs.repeat_interleave(2, dim=0), classes).cpu().unflatten(1, (-1, 2))
-    grid = figure.add_gridspec(
-        bands, per_band, left=0.06, right=0.93, top=1 - (0.5 + 0.15 * lines) / (6.4 * bands), bottom=0.02,
-        wspace=0.075, hspace=0.15,
-    )  # fmt: skip
-    for i, image in enumerate(images.cpu()):
-        axes = grid[i].subgridspec(len(LEVELS), 2, wspace=0.05, hspace=0.05).subplots(squeeze=False)
-        for side, text in enumerate(captions[i]):
-            shown = show_levels(axes[:, side], image, heat[:, i, side], [text, "", "", ""])
-        if i % per_band == 0:
-            for ax, level in zip(axes[:, 0], LEVELS):
-                ax.set_ylabel(level)
-    what = "evidence for the class named above, relative to the map's maximum"
-    add_evidence_bar(figure, shown, what, cax=figure.add_axes((0.95, 0.25, 0.012, 0.5)))
-    figure.suptitle(f"Grad-CAM, the evidence for each class, of {which_images(interp, len(rows))}")
+    across = 5  # images side by side; more would be too small to see
+    bands = -(-len(rows) // across)
+    figure = plt.figure(figsize=(14, 0.3 + 5.4 * bands), layout="compressed")
+    pairs = [1, 1, 0.1] * across  # columns: two for each image, and a gap
+    grid = figure.subplots(len(LEVELS) * bands, len(pairs), squeeze=False, width_ratios=pairs)
+    for i, (row, image) in enumerate(zip(rows, images.cpu())):
+        band, column = divmod(i, across)
+        for side, text in enumerate(caption(interp, names, row, 13)):
+            axes = grid[len(LEVELS) * band : len(LEVELS) * (band + 1), 3 * column + side]
+            shown = show_levels(axes, image, heat[:, i, side], [text, "", "", ""])
+    for ax, level in zip(grid[:, 0], LEVELS * bands):
+        ax.set_ylabel(level)
+    for ax in grid.flat:
+        if not ax.images:
+            ax.axis("off")
+    add_evidence_bar(figure, shown, "evidence, relative to the map's maximum", ax=grid, shrink=0.5, aspect=40, pad=0)
+    figure.suptitle(f"Grad-CAM, the evidence for each class, of the {title_of_hardest(interp, len(rows))}")
 
 
 def plot_image_grad_cam(classifier: ImageClassifier, pixels: Tensor, probabilities: Tensor, file: str):

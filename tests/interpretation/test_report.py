@@ -1,26 +1,56 @@
-"""The report names every class in full, and what the model confuses."""
+"""The report names every class in full, what the model confuses, and whether it learned anything."""
 
 import copy
+import re
+
+import pytest
 
 from cifar10.interpretation.metrics import summarize
-from cifar10.interpretation.report import markdown_report
+from cifar10.interpretation.report import as_page, baseline, class_sections, escape, markdown_table
+
+
+def sections(interp) -> str:
+    return "\n\n".join(class_sections(interp, summarize(interp)))
 
 
 def test_report_names_the_most_confused_pair(interp):
-    text = markdown_report(interp, summarize(interp), "images")
     actual, predicted, count = interp.most_confused()[0]
-    assert f"| {actual} | {predicted} | {count} |" in text and f"{interp.accuracy:.2%}" in text
+    assert f"| {actual} | {predicted} | {count} |" in sections(interp)
 
 
 def test_report_keeps_whole_names_and_numbers_the_classes(interp):
     other = copy.copy(interp)
     other.names = [f"class {i} | " + "name " * 20 for i in range(10)]
-    lines = markdown_report(other, summarize(other), "images").splitlines()
-    assert len([line for line in lines if line.startswith("| 3 | class 3 ")]) == 1
+    assert len([line for line in sections(other).splitlines() if line.startswith(r"| 3 | class 3 \| name")]) == 1
 
 
 def test_report_of_a_perfect_model_has_no_empty_table(interp):
     perfect = copy.copy(interp)
     perfect.targs = interp.decoded
-    text = markdown_report(perfect, summarize(perfect), "images")
-    assert "100.00%" in text and "predicted" not in text
+    assert "100.0%" in sections(perfect) and "predicted" not in sections(perfect)
+
+
+def test_a_table_in_markdown():
+    assert markdown_table(["a", "b"], [["x|y", 1]], right=1) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
+
+
+@pytest.mark.parametrize(
+    "name", ["<b>", "&lt;", "a_b_c", "*a*", "$x$", "[a](b)", "`a`", "a\\b", "![a](b.png)", "a|b", "~a~"]
+)
+def test_any_name_is_shown_as_it_is(name, tmp_path):
+    page = as_page(f"# {escape(name)}\n\n{markdown_table(['class'], [[escape(name)]])}\n", tmp_path)
+    shown = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert re.findall(r"<(?:title|h1|td)>(.*?)</", page) == [shown] * 3
+
+
+@pytest.mark.parametrize(("correct", "beats"), [(59, False), (60, True), (40, False)])
+def test_a_model_that_knows_only_the_most_common_class(interp, correct, beats):
+    """Of 100 images, 60 correct ones are the fewest whose confidence interval (Wilson's) is above a half."""
+    other = copy.copy(interp)
+    other.targs = interp.targs[:1].new_tensor([0] * 50 + [1] * 40 + [2] * 10)
+    other.decoded = other.targs.clone()
+    other.decoded[correct:] = 3
+    other.preds = interp.preds[:100]
+    said = baseline(summarize(other))
+    assert said.startswith("Always predicting the most common class would give 50.00%")
+    assert said.endswith(", which the model does not beat with confidence.") != beats
