@@ -23,7 +23,7 @@ from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
 from cifar10.errors import Stopped, UserError
-from cifar10.processes import is_first_to_fail
+from cifar10.processes import SIGNALS, ignore_signals, is_first_to_fail
 
 SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
 STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number; others: 1
@@ -67,8 +67,7 @@ class Parser(ArgumentParser):
 
 def fail(message: str, status: int):
     """Print `message` to stderr and end the program with `status`. Of several processes, the first to fail prints."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # torchrun may send one right now
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     with suppress(OSError):  # the terminal may have been closed
         if is_first_to_fail():
             print(message, file=sys.stderr)
@@ -117,9 +116,10 @@ def script_settings() -> Iterator[None]:
         matplotlib.use("agg")  # plots are files
         if not getattr(sys.stdout, "isatty", bool)():  # no moving bars in a log file
             fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
-    found = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
-    numbers = [number for number in found if number and signal.getsignal(number) != signal.SIG_IGN]  # as with nohup
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if number != signal.SIGINT and handler != signal.SIG_IGN:  # as with nohup
+            signal.signal(number, stop)
     try:
         yield
     finally:

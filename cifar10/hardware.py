@@ -4,7 +4,6 @@ import ctypes
 import platform
 import subprocess
 import sys
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,29 +23,20 @@ def collect_env() -> dict[str, Any]:
         commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # there is no git
         commit = ""
-    about = cpu_info()
+    cpu = torch.cpu.get_capabilities()
     return {
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "hardware": {
             "machine": platform.machine(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cpu_model": about.get("model name") or platform.processor(),
-            "bf16": [name for name in BF16 if name in about.get("flags", "").split()],
+            "cpu_model": cpu.get("cpu_name") or platform.processor(),
+            "bf16": [name for name in BF16 if cpu.get(name)],
             "threads": torch.get_num_threads(),
             "processes": max(1, num_distrib()),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "commit": commit or None,
     }
-
-
-def cpu_info() -> dict[str, str]:
-    """What Linux says about the first core; other systems say nothing."""
-    lines: list[str] = []
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def get_device(device: str) -> torch.device:

@@ -5,10 +5,11 @@ Rank 0 is the process that prints and writes. The first process of each host has
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from functools import cache, wraps
 from itertools import count
@@ -24,6 +25,7 @@ from cifar10.errors import UserError
 T = TypeVar("T")
 LOST = "a lost connection to another process"
 PATIENCE = timedelta(days=1)  # for what one process does for all, like decoding all images
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 NUMBERS = count()  # of the groups that this process has joined
 store: dist.Store | None = None  # of the group that this process has joined
 patient: dist.ProcessGroup | None = None  # the same processes, which wait longer for each other
@@ -45,21 +47,16 @@ def on_rank0(function: Callable[..., T]) -> Callable[..., T | None]:
 
 
 def from_rank0(function: Callable[..., T]) -> Callable[..., T]:
-    """A decorator: rank 0 calls the function; all processes get what it returns, or the `UserError` that it raises."""
+    """A decorator: rank 0 calls the function; all processes get what it returns.
+
+    If it raises an exception, rank 0 leaves the group, and the others end because they have lost it.
+    """
 
     @wraps(function)
     def called(*args, **kwargs):
-        if not is_distributed():
-            return function(*args, **kwargs)
-        answer: list[Any] = [None, None]
-        if rank_distrib() == 0:
-            try:
-                answer[0] = function(*args, **kwargs)
-            except UserError as mistake:
-                answer[1] = mistake.message
-        dist.broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise UserError(answer[1])
+        answer: list[Any] = [on_rank0(function)(*args, **kwargs)]
+        if is_distributed():
+            dist.broadcast_object_list(answer)
         return answer[0]
 
     return called
@@ -88,16 +85,14 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     try:
         # After a restart, and in a second group, gloo would find the addresses of the processes before.
         name = f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}-{next(NUMBERS)}"
-        store = dist.PrefixStore(name, connect(limit))
+        store = dist.PrefixStore(name, next(dist.rendezvous("env://", timeout=limit))[0])
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=num_distrib())
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         try:
-            with (
-                nullcontext() if rank == 0 else open(os.devnull, "w") as nowhere,
-                redirect_stdout(nowhere or sys.stdout),
-            ):
+            with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank == 0 else nowhere):
                 yield
         except BaseException:
+            ignore_signals()
             is_first_to_fail()  # the others must not notice that this process has left before it says why
             raise
         finally:
@@ -110,16 +105,16 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
         raise UserError(f"stopped by {LOST}; start the training again") from None
 
 
-@cache
-def connect(limit: timedelta) -> dist.Store:
-    """The store of torchrun's processes. It is opened once, because its port can't be opened a second time."""
-    return next(dist.rendezvous("env://", timeout=limit))[0]
-
-
 def is_lost(reason: RuntimeError) -> bool:
     """Whether an exception means that another process ended, or does not answer."""
     # gloo has no exceptions of its own; its messages begin with the place in its source.
     return is_distributed() and (isinstance(reason, dist.DistError) or "gloo/" in str(reason))
+
+
+def ignore_signals():
+    """From now on. torchrun sends one as soon as another process has ended, also to one that is about to say why."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def is_first_to_fail() -> bool:
@@ -131,8 +126,9 @@ def is_first_to_fail() -> bool:
         return True
     if store is None:
         leads = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not leads:
-            time.sleep(10)  # or torchrun would end the first process before it has printed
+        if not leads:  # or torchrun would end the first process before it has printed
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which it sends when the first process has ended
+            time.sleep(60)
         return leads
     return claim_failure(store)
 

@@ -1,5 +1,6 @@
 """What all scripts have in common: options, errors in one sentence, exit statuses."""
 
+import signal
 from typing import Annotated
 
 import pytest
@@ -123,6 +124,19 @@ def test_a_value_named_debug_is_not_the_option(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.run(main)
     assert capsys.readouterr().err == "error: --debug is wrong\n"
+
+
+def test_a_notebook_gets_its_signal_handlers_back(monkeypatch):
+    """After `%run` of a script that failed, the notebook can still be interrupted."""
+
+    def main():
+        raise UserError("wrong")
+
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    monkeypatch.setattr("sys.argv", ["script"])
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    assert {number: signal.getsignal(number) for number in signal.valid_signals()} == before
 
 
 def test_argparse_itself_is_left_alone():

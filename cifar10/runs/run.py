@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from uuid import uuid4
 
 import torch
 from fastai.vision.all import Learner, Normalize, default_device, get_model
@@ -62,7 +63,7 @@ class Run:
         )  # fmt: skip
         options = replace(options, data=home_relative(images.data), device=dls.device.type, precision=learn.precision)
         about = dict(options=asdict(options), recipe=asdict(recipe), model=get_model(learn.model).args, data=data)
-        config = dict(format=FORMAT, **about, **collect_env(), launch=launch_id())
+        config = dict(format=FORMAT, id=uuid4().hex, **about, **collect_env(), launch=launch_id())
         run = cls(make_folder(Path(options.runs_dir), options.name, f"{images.name[:50]}-{recipe.name}"), config)
         run.update()
         return run
@@ -142,7 +143,7 @@ class Run:
         except Timeout:
             raise UserError(f"{self.path} is locked by another process; wait until it ends, or stop it") from None
         except OSError as reason:
-            if reason.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+            if reason.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
                 raise
         remove_leftovers(self.path.rglob(LEFTOVERS))
 

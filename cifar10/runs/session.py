@@ -40,7 +40,7 @@ class Session:
 
     recipe: Recipe
     run: Run
-    is_resumed = False
+    is_resumed = is_finished = False
     checkpoint: Any = None
     start_epoch = 0
 
@@ -57,7 +57,7 @@ class Session:
         options = Options(**typed)
         with process_group(options.device, options.timeout), ExitStack() as resources:
             session = cls(options, resources)
-            resume = options.resume or session.find_restarted()
+            resume = options.resume or (find_restarted(options) if is_restart() else None)
             if resume is not None:
                 session.resume(resume, typed)
             else:
@@ -65,25 +65,15 @@ class Session:
             set_seed(session.options.seed, reproducible=True)
             yield session
 
-    def find_restarted(self) -> str | None:
-        """The folder of the run that torchrun started, and now starts again because a process was lost."""
-        if not self.options.name or not is_restart():
-            return None
-        path = Path(self.options.runs_dir, self.options.name)
-        return from_rank0(lambda: str(path) if started_by_this_torchrun(path) else None)()
-
     def resume(self, path: str, typed: dict[str, Any]):
         run = from_rank0(Run.open)(path, self.options.runs_dir)
         self.options = run.check_options(typed)
         self.resources.enter_context(run.lock())
         self.is_resumed = True
         self.run = from_rank0(Run.open)(run.path)  # again, because another process may have trained it before the lock
+        self.is_finished = from_rank0(lambda: run.is_finished)()
         if self.is_finished:
             print(f"{run.path} is finished; there is nothing to resume")
-
-    @property
-    def is_finished(self) -> bool:
-        return self.is_resumed and from_rank0(lambda: self.run.is_finished)()
 
     def open_images(self) -> ImageTable:
         """The images that the options name, decoded once on each host; they decide about the recipe's defaults."""
@@ -134,16 +124,24 @@ class Session:
 
     def callbacks(self) -> list[Callback]:
         """What watches and records the training of the run."""
-        trackers = on_rank0(tracker_callbacks)(self.run) or []
+        first_step = 1 + (len(self.checkpoint[0]["losses"]) if self.checkpoint else 0)
+        trackers = on_rank0(tracker_callbacks)(self.run, first_step) or []
         return [StopAtNaN(), SaveCheckpoint(self.run, self.started, self.checkpoint), *trackers]
 
 
-def started_by_this_torchrun(path: Path) -> bool:
-    return (path / "config.json").is_file() and Run.open(path).config.get("launch") == launch_id()
+@from_rank0
+def find_restarted(options: Options) -> str | None:
+    """The folder of the run that torchrun started, and now starts again because a process was lost."""
+    path = Path(options.runs_dir, options.name or "")
+    if options.name and (path / "config.json").is_file() and Run.open(path).config.get("launch") == launch_id():
+        return str(path)
+    return None
 
 
-def tracker_callbacks(run: Run) -> list[Callback]:
+def tracker_callbacks(run: Run, first_step: int) -> list[Callback]:
     """The callbacks of the tracker that the run's options name. Raises `UserError` if it is not installed.
+
+    `first_step` is the one that is trained next: TensorBoard forgets what was logged from there on.
 
     TensorBoard's files are in the run's folder, below tensorboard/. W&B names its run after the folder, and keeps its
     files there, below wandb/; with the environment variable WANDB_MODE=offline, nothing is sent.
@@ -152,15 +150,19 @@ def tracker_callbacks(run: Run) -> list[Callback]:
     if tracker == "tensorboard":
         import_extra("tensorboard", "trackers")
         from fastai.callback.tensorboard import TensorBoardCallback
+        from torch.utils.tensorboard import SummaryWriter
 
-        return [TensorBoardCallback(run.path / "tensorboard", trace_model=False, log_preds=False)]
+        folder = run.path / "tensorboard"
+        SummaryWriter(folder, purge_step=first_step).close()  # which fastai's callback can't be told
+        return [TensorBoardCallback(folder, trace_model=False, log_preds=False)]
     if tracker == "wandb":
         wandb = import_extra("wandb", "trackers")
         from fastai.callback import wandb as integration
 
         integration._format_config = lambda config: None  # fails with fastcore 2.2; run.config says more
         name = run.path.name
-        settings = dict(id=re.sub(r"[^\w.-]", "-", name), resume="allow", dir=run.path, config=run.config)
+        key = run.config.get("id") or re.sub(r"[^\w.-]", "-", name)  # older runs have none
+        settings = dict(id=key, resume="allow", dir=run.path, config=run.config)
         try:
             wandb.init(project="cifar10", name=name, **settings)
         except wandb.Error as reason:

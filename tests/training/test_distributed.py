@@ -28,7 +28,9 @@ OPTIONS += ["--name", "run", "--timeout", 60]
 LOST = "stopped by a lost connection to another process"
 
 
-def torchrun(script: str, *arguments, cwd: Path, processes=2, launcher=("--standalone",), before=(), **variables):
+def torchrun(
+    script: str | Path, *arguments, cwd: Path, processes=2, launcher=("--standalone",), before=(), **variables
+):
     """Run a script of ours in several processes; stderr goes to stdout."""
     run = [*before, sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node", processes]
     command = [str(word) for word in (*run, ROOT / script, *arguments)]
@@ -43,7 +45,9 @@ def finish(process: subprocess.Popen) -> str:
 
 def once(tmp_path_factory, name: str, make) -> Path:
     """A folder that `make` fills, for all of pytest's workers."""
-    folder = tmp_path_factory.getbasetemp().parent / name
+    base = tmp_path_factory.getbasetemp()
+    # Without workers, the folder above is that of all of pytest's sessions, and holds what an older version has found.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
@@ -185,6 +189,32 @@ def test_a_mistake_on_one_host_ends_all(tmp_path, digits, words, answer):
     outputs = [finish(process) for process in started]
     assert "".join(outputs).count(answer) == 1, outputs
     assert all(process.returncode for process in started)
+
+
+def test_signals_do_not_stop_a_process_that_is_about_to_say_what_is_wrong(tmp_path):
+    """torchrun sends them as soon as another process has ended, and a Ctrl-C comes twice."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, signal
+from cifar10 import cli, processes
+from cifar10.errors import UserError
+
+def interrupted():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    return is_first_to_fail()
+
+def main():
+    with processes.process_group("cpu", timeout=60):
+        raise UserError("this is wrong")
+
+is_first_to_fail = processes.is_first_to_fail
+processes.is_first_to_fail = cli.is_first_to_fail = interrupted
+cli.run(main, distributed=True)
+""")
+    output = finish(torchrun(script, cwd=tmp_path, PYTHONPATH=str(ROOT)))
+    assert output.count("error: this is wrong\n") == 1 and "stopped by" not in output, output
+    assert "KeyboardInterrupt" not in output, output
 
 
 def test_a_restart_does_not_resume_the_run_of_another_launch(whole, tmp_path):
