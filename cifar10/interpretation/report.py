@@ -227,10 +227,10 @@ def write_report(learn: Learner, run: Run, folder: Path, images: str, tta: bool 
     for name, (_, heading, caption) in PLOTS.items():
         if (folder / f"{name}.png").is_file():
             blocks += [f"## {heading}", f"![{heading}]({name}.png)", caption]
-    blocks += [*class_sections(interp, metrics), "## The run", facts(run, run.metrics | metrics)]
-    report = "\n\n".join(blocks) + "\n"
-    write(folder / "report.md", report)
-    write(folder / "report.html", as_page(report, folder))
+    blocks += class_sections(interp, metrics)
+    about = ["## The run", facts(run, run.metrics | metrics)]  # not in report.md, which is the same after a resume
+    write(folder / "report.md", "\n\n".join(blocks) + "\n")
+    write(folder / "report.html", as_page("\n\n".join([*blocks, *about]), folder))
     with_tta = f", {metrics['tta_accuracy']:.2%} with test-time augmentation" if tta else ""
     print(f"{title}{with_tta}. {baseline(metrics)} See {folder / 'report.html'}")
     return metrics
