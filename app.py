@@ -12,7 +12,6 @@ from PIL import ExifTags, Image
 
 from cifar10 import cli
 from cifar10.cli import import_extra
-from cifar10.data import decode_image
 from cifar10.errors import UserError
 from cifar10.files import write
 from cifar10.interpretation import GRADCAM_LAYERS, ImageClassifier, overlay
@@ -44,7 +43,7 @@ def explain(
     if not file:
         return None, None
     try:
-        pixels = torch.from_numpy(decode_image(Path(file), classifier.ranges, classifier.size))
+        pixels = torch.from_numpy(classifier.decode(Path(file)))
     except UserError:
         raise import_extra("gradio", "app").Error("This file can't be read as an image; choose another one.") from None
     best = classifier.classify(pixels[None])[0].topk(int(topk))
@@ -70,7 +69,7 @@ def build(classifier: ImageClassifier, folder: Path):
         with gr.Row():
             with gr.Column():
                 file = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
-                file.preprocess = lambda photo: photo.path if photo else None  # `decode_image` takes the file as it is
+                file.preprocess = lambda photo: photo.path if photo else None  # `open_image` takes the file as it is
                 topk = gr.Slider(1, many, min(3, many), step=1, label="Classes to show", elem_id="topk")
                 if examples:
                     gr.Examples(examples, file, label="Images that the model has not been trained on")

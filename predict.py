@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import chunked
 
 from cifar10 import cli
-from cifar10.data import decode_image, images_at_once, list_images
+from cifar10.data import images_at_once, list_images
 from cifar10.errors import UserError
 from cifar10.files import OutputFile, save_figure, write_csv, write_json
 from cifar10.interpretation import ImageClassifier, plot_image_grad_cam
@@ -94,7 +94,7 @@ def main(
 
 def write_grad_cam(classifier: Classifier, file: Path, probabilities: torch.Tensor, folder: Path):
     """Write a Grad-CAM of an image into the folder, under the image's name."""
-    pixels = torch.from_numpy(decode_image(file, classifier.ranges, classifier.size))
+    pixels = torch.from_numpy(classifier.decode(file))
     plot_image_grad_cam(classifier, pixels, probabilities, printable(file.name))
     folder.mkdir(parents=True, exist_ok=True)
     target, number = folder / f"{file.stem}.png", 1

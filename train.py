@@ -7,14 +7,14 @@ DataLoaders with three transforms → ResNet → Learner → LR finder → one c
 import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
 
 # isort: split
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner  # noqa: F401 (for a REPL)
 
 from augment import Cutout, FlipLR, RandomCrop
 from cifar10 import cli
-from cifar10.data import SIZE, ImageTable, build_dls
+from cifar10.data import SIZE, ImageTable, Reading, build_dls
 from cifar10.errors import UserError
 from cifar10.interpretation import report_run
 from cifar10.runs import Session
@@ -22,13 +22,15 @@ from cifar10.training import RECIPES, Options, Recipe, ValidateLast, build_learn
 from model import ResNet, split_by_depth
 
 
-def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", skip_broken=False,
-            bs: int | None = None, size=SIZE, valid_pct: float | None = None, **changes) -> DataLoaders:  # fmt: skip
-    """DataLoaders of `data` with the assignment's three transforms, and with `changes` to the recipe: `flip=False`.
+def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", bs: int | None = None,
+            **changes) -> DataLoaders:  # fmt: skip
+    """DataLoaders of `data` with the assignment's three transforms.
 
+    `changes` are those to the recipe, like `flip=False`, and how to read the images, like `size=64`: see `Reading`.
     Raises `UserError` if there are fewer training images than a batch has, and for data that can't be used.
     """
-    images = ImageTable.open(data, skip_broken, size, valid_pct)
+    reading = {name: changes.pop(name) for name in {field.name for field in fields(Reading)} & {*changes}}
+    images = ImageTable.open(data, valid=valid, **reading)
     if isinstance(recipe, str):
         recipe = Options(recipe=recipe, valid=valid).resolve(images)
     recipe = replace(recipe, **changes | ({"batch_size": bs} if bs else {}))

@@ -70,7 +70,9 @@ def digest(images: list[Item], pixels: PixelFile) -> str:
     return hashed.hexdigest()
 
 
-def decode_once(listing: Listing, size: int, fixed_ranges: ValueRanges | None) -> tuple[PixelFile, dict[str, Any]]:
+def decode_once(
+    listing: Listing, size: int, resize: str, fixed_ranges: ValueRanges | None
+) -> tuple[PixelFile, dict[str, Any]]:
     """The pixels of a listing's images, and their state, from the cache if it is intact and fits the folder.
 
     The state has `broken`: why which images can't be used. The pixels are those of the others, `sha256` is theirs.
@@ -79,9 +81,9 @@ def decode_once(listing: Listing, size: int, fixed_ranges: ValueRanges | None) -
     """
     key = fingerprint(listing, fixed_ranges)
     with fastai_home() as data:
-        name = f"{short_name(listing.folder.name)}-{short_hash(listing.folder)}-{size}.pixels"
-        path = data / "decoded" / name
-        return load(path, key, listing, size) or build(path, key, listing, size, fixed_ranges)
+        kind = str(size) if resize == "crop" else f"{size}-{resize}"
+        path = data / "decoded" / f"{short_name(listing.folder.name)}-{short_hash(listing.folder)}-{kind}.pixels"
+        return load(path, key, listing, size) or build(path, key, listing, size, resize, fixed_ranges)
 
 
 def load(path: Path, key: str, listing: Listing, size: int) -> tuple[PixelFile, dict[str, Any]] | None:
@@ -94,7 +96,9 @@ def load(path: Path, key: str, listing: Listing, size: int) -> tuple[PixelFile, 
     return None
 
 
-def build(path: Path, key: str, listing: Listing, size: int, fixed_ranges) -> tuple[PixelFile, dict[str, Any]]:
+def build(
+    path: Path, key: str, listing: Listing, size: int, resize: str, fixed_ranges: ValueRanges | None
+) -> tuple[PixelFile, dict[str, Any]]:
     print(f"Decoding {len(listing.images):,} images of {listing.name}, once …")
     files, step = [image.file for image in listing.images], images_at_once(size)
     broken: list[tuple[int, str]] = []
@@ -102,7 +106,8 @@ def build(path: Path, key: str, listing: Listing, size: int, fixed_ranges) -> tu
     with replacing(path) as new:
         with new.open("wb") as file:
             for begin in range(0, len(files), step):
-                for i, item in enumerate(decode_files(files[begin : begin + step], fixed_ranges or {}, size), begin):
+                decoded = decode_files(files[begin : begin + step], fixed_ranges or {}, size, resize)
+                for i, item in enumerate(decoded, begin):
                     if isinstance(item, str):
                         broken.append((i, item))
                     else:
@@ -115,7 +120,8 @@ def build(path: Path, key: str, listing: Listing, size: int, fixed_ranges) -> tu
             for kind, same in deep.groupby("kind"):
                 ranges.setdefault(kind, full_range(kind, float(same.low.min()), float(same.high.max())))
             for rows in chunked([] if fixed_ranges else deep.row.tolist(), step):  # again, with the range of all
-                for row, item in zip(rows, decode_files([images[row].file for row in rows], ranges, size), strict=True):
+                decoded = decode_files([images[row].file for row in rows], ranges, size, resize)
+                for row, item in zip(rows, decoded, strict=True):
                     file.seek(row * item.pixels.nbytes)
                     file.write(item.pixels.tobytes())
         pixels = PixelFile(new, size)

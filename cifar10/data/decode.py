@@ -3,7 +3,7 @@
 import io
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,14 @@ Image.init()
 FORMATS = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS"}
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
+# How an image becomes square, by the names of fastai's ResizeMethod: the central square, the whole image out of
+# proportion, or the whole image between black bars.
+RESIZE: dict[str, Callable[..., Image.Image]] = {
+    "crop": ImageOps.fit,
+    "squish": Image.Image.resize,
+    "pad": ImageOps.pad,
+}
+
 # "integer" or "float" → the values that become 0 and 255. Only images with more than 8 bits per value need it.
 ValueRanges = Mapping[str, tuple[float, float]]
 
@@ -41,22 +49,22 @@ class Decoded(NamedTuple):
     damaged: bool  # metadata that can't be read, like a part of EXIF
 
 
-def decode_image(item, ranges: ValueRanges | None = None, size: int = SIZE) -> np.ndarray:
+def decode_image(item, ranges: ValueRanges | None = None, size: int = SIZE, resize: str = "crop") -> np.ndarray:
     """A path, file, PIL image, array or tensor → uint8 `(3, size, size)` in RGB.
 
-    The image is turned upright as its EXIF orientation says, put on a white background if it is transparent, its longer
-    side is cropped, and it is resized. Values of more than 8 bits are scaled by the `ranges` of the data set, or by the
-    image's own. Arrays are `(H, W)` or `(H, W, C)`, tensors `(H, W)` or `(C, H, W)`, from 0 to 255, or floats from 0
+    The image is turned upright as its EXIF orientation says, put on a white background if it is transparent, and made
+    square by one of `RESIZE`. Values of more than 8 bits are scaled by the `ranges` of the data set, or by the image's
+    own. Arrays are `(H, W)` or `(H, W, C)`, tensors `(H, W)` or `(C, H, W)`, from 0 to 255, or floats from 0
     to 1. Raises `UserError` for what is not an image, is damaged, or has a side of less than `MIN_SIDE` pixels.
     """
     try:
-        return decode(item, ranges or {}, size).pixels
+        return decode(item, ranges or {}, size, resize).pixels
     except ValueError as why:
         name = printable(item) if isinstance(item, (str, Path)) else f"this {type(item).__name__}"
         raise UserError(f"{name} can't be used as an image ({why}); repair or remove it") from None
 
 
-def decode(item, ranges: ValueRanges, size: int = SIZE) -> Decoded:
+def decode(item, ranges: ValueRanges, size: int, resize: str) -> Decoded:
     """Like `decode_image`, but it raises `ValueError`."""
     try:
         with warnings.catch_warnings(record=True) as told:
@@ -78,23 +86,23 @@ def decode(item, ranges: ValueRanges, size: int = SIZE) -> Decoded:
         raise ValueError(f"too small, {image.width}×{image.height} pixels")
     found = image.size
     if found != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        image = RESIZE[resize](image, (size, size), Image.Resampling.BILINEAR)
     damaged = any(warning.category is UserWarning for warning in told)
     return Decoded(np.array(image).transpose(2, 0, 1), used, found, damaged)
 
 
-def decode_files(files: list[Path], ranges: ValueRanges, size: int) -> list:
+def decode_files(files: list[Path], ranges: ValueRanges, size: int, resize: str) -> list:
     """What `decode` returns for each file, or why it can't be used, on all cores."""
     # Starting processes takes longer than a few images.
     many = len(files) > 100 and len(files) * size**2 > 4_000 * SIZE**2
     workers, chunk = (num_cpus(), min(100, len(files) // (4 * num_cpus()))) if many else (0, 1)
     settings = dict(n_workers=workers, chunksize=max(1, chunk), progress=many)
-    return list(parallel(decode_or_reason, files, ranges=dict(ranges), size=size, **settings))
+    return list(parallel(decode_or_reason, files, ranges=dict(ranges), size=size, resize=resize, **settings))
 
 
-def decode_or_reason(file: Path, ranges: ValueRanges, size: int) -> Decoded | str:
+def decode_or_reason(file: Path, ranges: ValueRanges, size: int, resize: str) -> Decoded | str:
     try:
-        return decode(file, ranges, size)
+        return decode(file, ranges, size, resize)
     except ValueError as why:
         return str(why)
 

@@ -34,11 +34,13 @@ class TensorDL(TfmdDL):
     share: slice | None = None
 
     def __init__(self, dataset, table: ImageTable | None = None, ranges: ValueRanges | None = None, size: int = SIZE,
-                 weighted: bool = False, num_workers: int = 0, **kwargs):  # fmt: skip
+                 resize: str = "crop", weighted: bool = False, num_workers: int = 0, **kwargs):  # fmt: skip
         super().__init__(dataset, num_workers=0, **kwargs)  # nothing is left to do for workers
         self.fake_l.generator = torch.Generator()  # or PyTorch would draw a seed for workers from the global one
-        self.table, self.weighted, self.size = table, weighted, table.size if table else size
-        self.ranges = table.ranges if table else ranges
+        self.table, self.weighted = table, weighted
+        self.ranges, self.size, self.resize = ranges, size, resize  # what `decode_image` takes beside an image
+        if table:
+            self.ranges, self.size, self.resize = table.ranges, table.size, table.resize
         if not hasattr(dataset, "tls"):  # any other data set of (image, class) pairs
             inputs, *classes = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
             self.set_images(inputs, classes)
@@ -57,7 +59,7 @@ class TensorDL(TfmdDL):
     def set_images(self, images, targets, rows=None):
         """Decoded pixels, of which there are `rows`, or images that are still to be decoded; and their classes."""
         if rows is None:
-            decoded = [decode_image(item, self.ranges, self.size) for item in images]
+            decoded = [decode_image(item, self.ranges, self.size, self.resize) for item in images]
             images = torch.from_numpy(np.array(decoded, np.uint8).reshape(-1, 3, self.size, self.size))
         self.pixels, self.rows = images, torch.arange(len(images)) if rows is None else torch.tensor(rows)
         self.targets = [torch.tensor([int(label) for label in labels]) for labels in targets]
@@ -65,7 +67,8 @@ class TensorDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is not None and not len(dataset):  # for `learn.export`: the exported file holds no images
             kwargs["table"] = None
-        settings = dict(table=self.table, ranges=self.ranges, size=self.size, weighted=self.weighted)
+        names = ("table", "ranges", "size", "resize", "weighted")
+        settings = {name: getattr(self, name) for name in names}
         return super().new(dataset, cls, **settings | kwargs)
 
     def shuffle_fn(self, idxs: list[int]) -> list[int]:
@@ -216,7 +219,7 @@ def eval_split_name(images: ImageTable, valid: str) -> str:
 
 
 def describe(dls: DataLoaders) -> str:
-    """What the images are, like: `photos: 3 classes; 80 training and 20 validation images, 99×66 to 640×480 pixels`."""
+    """What the images are, like: `photos: 2 classes (cat, dog); 80 training and 20 test images, 99×66 pixels`."""
     images, names = dls.train.table, ("training", "validation", "test")
     counts = [f"{len(dl.dataset):,} {name}" for dl, name in zip(dls.loaders, names, strict=False)]
     sizes = " to ".join(dict.fromkeys(f"{width}×{height}" for width, height in images.sizes))
@@ -224,4 +227,5 @@ def describe(dls: DataLoaders) -> str:
     listed = f"{', '.join(counts[:-1])} and {counts[-1]}"
     left, bs = dls.train.n % dls.train.bs, dls.train.bs
     skipped = f"; each epoch skips {left:,} that don't fill a batch of {bs}" * (5 * left > dls.train.n)
-    return f"{images.name}: {plural(len(dls.vocab), 'class')}; {listed} images, {sizes} pixels{resized}{skipped}"
+    classes = f"{plural(len(dls.vocab), 'class')} ({enumerate_names(dls.vocab, most=10)})"
+    return f"{images.name}: {classes}; {listed} images, {sizes} pixels{resized}{skipped}"

@@ -3,14 +3,16 @@
 import hashlib
 import os
 import shutil
+import stat
 import tarfile
+import unicodedata
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import repeat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import fastai.data
@@ -21,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from cifar10.data.folders import TABLES, find_splits, list_folders, pass_through, table_hint
 from cifar10.errors import UserError, WriteError
 from cifar10.files import LEFTOVERS, remove_leftovers, replacing
 
@@ -30,13 +33,21 @@ ABANDONED = 24 * 3600  # seconds without a write after which a temporary folder 
 # Training on the digits takes a few epochs only, and a digit's mirror image is not a digit.
 DIGITS_DEFAULTS = {"epochs": 6, "flip": False}
 BATCHES = "cifar-10-batches-py"  # torchvision's folder
+# Encodings of names in zip archives, and how Unicode calls the letters that people write with them. Of the Chinese one,
+# only what it has in common with its predecessor: rare characters would make everything possible.
+ENCODINGS = {
+    "cp437": ("LATIN",),
+    "cp932": ("CJK", "HIRAGANA", "KATAKANA"),
+    "euc_kr": ("HANGUL",),
+    "gb2312": ("CJK",),
+}
 WAYS_TO_CIFAR10 = "connect to the network, or pass --data with a copy: a folder, cifar10.tgz or cifar-10-batches-py"
 
 
 class Source(NamedTuple):
     """An image folder `train/<class>/*`, `test/<class>/*` or `<class>/*`; its name is the data set's name."""
 
-    folder: Path  # or a CSV file
+    folder: Path  # or a table
     data: str  # what `prepare_data` takes to find it again
     defaults: dict[str, Any]  # hyperparameters that suit this data set better than a recipe's
 
@@ -45,7 +56,8 @@ def prepare_data(data: str | Path) -> Source:
     """Find, download, unpack or convert what `data` names.
 
     `"auto"` is CIFAR-10, or the digits if it can't be had; `"cifar10"`; `"digits"`; anything else is the path of an
-    image folder, of an archive of one (.tgz, .tar.gz, .zip), of a CSV file, or of torchvision's `cifar-10-batches-py`.
+    image folder, of an archive of one (.tgz, .tar.gz, .zip), of a table (.csv, .tsv), or of torchvision's
+    `cifar-10-batches-py`.
     Raises `UserError` for a path that is none of these, and for `"cifar10"` if it is neither cached nor reachable.
     """
     if data in ("cifar10", "digits") and Path(data).exists() and not Path(data, "__init__.py").exists():
@@ -62,12 +74,13 @@ def prepare_data(data: str | Path) -> Source:
     if data == "digits":
         return Source(make_once("digits", write_digits), "digits", DIGITS_DEFAULTS)
     try:
-        path = Path(data).expanduser().resolve(strict=True)
-        if path.suffix.lower() == ".csv":
+        path = Path(os.path.abspath(Path(data).expanduser()))  # a link stays: its own folder and name count
+        path.stat()
+        if path.is_file() and path.suffix.lower() in TABLES:
             return Source(path, str(path), {})
-        unpacked = unpack_once(path) if path.is_file() else path
+        unpacked = pass_through(unpack_once(path) if path.is_file() else path)
         inside = list_folders(unpacked)
-        found = [p for p in (unpacked, *inside) if p.name == BATCHES or (p / "train").is_dir()]
+        found = [p for p in (unpacked, *inside) if p.name == BATCHES or "train" in find_splits(p)]
         if len(found) > 1 and found[0] != unpacked:
             names = ", ".join(folder.name for folder in found)
             raise UserError(f"{path} holds several data sets, {names}; pass the path of one of them")
@@ -85,8 +98,8 @@ def prepare_data(data: str | Path) -> Source:
     except (OSError, RuntimeError) as reason:  # RuntimeError: a home folder that can't be found, circular links
         raise UserError(f"{data} can't be read ({reason})") from None
     what = "one folder only" if len(inside) == 1 else "no folders"
-    needed = "train/<class>/, or <class>/ for two classes or more, with images; or pass a CSV file"
-    raise UserError(f"{path} holds {what}; it needs {needed}")
+    needed = "train/<class>/, or <class>/ for two classes or more, with images"
+    raise UserError(f"{path} holds {what}; it needs {needed}{table_hint(unpacked) or '; or pass a CSV file'}")
 
 
 @contextmanager
@@ -113,10 +126,6 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
                 new.mkdir()
                 make(new)
     return folder
-
-
-def list_folders(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name)]
 
 
 def cifar10_folder() -> Path:
@@ -178,46 +187,70 @@ def unpack_once(archive: Path) -> Path:
 def unpack(archive: Path, folder: Path):
     """Unpack a tar or zip archive into `folder`.
 
-    Nothing is written outside of `folder`. Raises `UserError` for a file that is neither, that is damaged, that holds
-    devices or links that lead out, or that is larger than the free disk space.
+    Raises `UserError` for a file that is neither, that is damaged, that would write outside of `folder`, that holds
+    anything but files, folders and links between them, or that is larger than the free disk space.
     """
     print(f"Unpacking {archive} …")
     try:
         if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tar:
-                check_size((member.size for member in tar), folder)
+                check_members(((member.name, member.size) for member in tar), folder)
                 tar.extractall(folder, filter="data")  # refuses links that lead out, and devices
         elif zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zipped:
+                encoding = names_encoding(archive, zipped.infolist())
+            with zipfile.ZipFile(archive, metadata_encoding=encoding) as zipped:
                 members = zipped.infolist()
                 for member in members:
-                    member.filename = clean_name(member)
-                check_size((member.file_size for member in members), folder)
-                zipped.extractall(folder, members)  # leaves out ".." and the like, and makes no links
+                    member.filename = member.filename.replace("\\", "/")  # Windows separates folders so
+                check_members(((member.filename, member.file_size) for member in members), folder)
+                for member in members:
+                    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                        raise UserError(f"{member.filename!r} in it is neither a file nor a folder")
+                zipped.extractall(folder, members)
         else:
             raise UserError("it is neither a tar nor a zip archive; --data takes .tgz, .tar.gz and .zip")
     except Exception as reason:  # decompressors fail on damaged files in many ways
         raise UserError(f"{archive} can't be unpacked: {reason or type(reason).__name__}") from None
 
 
-def clean_name(member: zipfile.ZipInfo) -> str:
-    """The name of a member of a zip archive, whose writer may not have kept to the standard."""
-    name = member.filename
-    if not member.flag_bits & 0x800:  # not marked as UTF-8, but many programs write it nevertheless
-        with suppress(UnicodeError):
-            name = name.encode("cp437").decode()
-    return name.replace("\\", "/")  # Windows separates folders so
+def names_encoding(archive: Path, members: Iterable[zipfile.ZipInfo]) -> str:
+    """The encoding of the names in a zip archive that are not marked as UTF-8; it is reported if that is unclear.
+
+    Many programs write UTF-8 nevertheless, and Windows the encoding of its country.
+    """
+    names = [member.filename.encode("cp437") for member in members if not member.flag_bits & 0x800]
+    with suppress(UnicodeError):
+        b"\n".join(names).decode()
+        return "utf-8"
+    likely = [
+        encoding for encoding, scripts in ENCODINGS.items() if all(is_in(name, encoding, scripts) for name in names)
+    ]
+    if len(likely) == 1:
+        return likely[0]
+    what = " or ".join(likely) or "an unknown encoding"
+    print(f"{archive} has file names in {what}; if classes are unreadable, unpack it with another program")
+    return "cp437"
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is one that people don't mean: hidden, or made by a system."""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # made by macOS and by Synology's servers
+def is_in(name: bytes, encoding: str, scripts: tuple[str, ...]) -> bool:
+    """Whether a path is one in an encoding: folders and files in ASCII, or with letters of these scripts only."""
+    try:
+        parts = [os.path.splitext(part)[0] for part in name.decode(encoding).split("/")]
+    except UnicodeError:
+        return False
+    characters = [character for part in parts if not part.isascii() for character in part]
+    letters = [unicodedata.name(character, "") for character in characters if character.isalpha()]
+    symbols = [character for character in characters if unicodedata.category(character)[0] in "SC"]
+    return all(name.startswith(scripts) for name in letters) and all(map(str.isascii, symbols))
 
 
-def check_size(sizes: Iterable[int], folder: Path):
-    """Raise `UserError` if the unpacked files would not fit on the disk."""
+def check_members(members: Iterable[tuple[str, int]], folder: Path):
+    """Raise `UserError` for an unsafe path, or if the unpacked files would not fit on the disk."""
     free, needed = shutil.disk_usage(folder).free, 0
-    for size in sizes:
+    for name, size in members:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"unsafe path in the archive, {name!r}")
         needed += size
         if needed > free:
             raise UserError(f"it holds more than {needed / 1e9:,.1f} GB, and only {free / 1e9:,.1f} GB are free")
@@ -225,8 +258,8 @@ def check_size(sizes: Iterable[int], folder: Path):
 
 def cache_key(path: Path) -> str:
     """Eight characters that change with the path, size and times of `path`."""
-    stat = path.stat()
-    return short_hash(f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}\n{stat.st_ctime_ns}")
+    found = path.stat()
+    return short_hash(f"{path}\n{found.st_size}\n{found.st_mtime_ns}\n{found.st_ctime_ns}")
 
 
 def short_name(name: str) -> str:

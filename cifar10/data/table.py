@@ -1,6 +1,8 @@
 """All images of a data set, as one tensor, with the split and class of each."""
 
+import shlex
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from cifar10.data.cache import PixelFile, decode_once, images_at_once
-from cifar10.data.decode import SIZE, ValueRanges
-from cifar10.data.listing import list_folder, list_table
+from cifar10.data.decode import ValueRanges
+from cifar10.data.labels import list_table
+from cifar10.data.listing import Item, list_folder
+from cifar10.data.reading import Reading
 from cifar10.data.sources import prepare_data
 from cifar10.errors import UserError
 from cifar10.text import enumerate_names
@@ -28,17 +32,25 @@ class ImageTable:
     images have more than 8 bits per value, see `decode_image`; they are found, unless `fixed_ranges` are those of
     another data set. `hash` is the SHA-256 of the pixels and of each image's split and class. `data` is what
     `prepare_data` takes to find the folder again, and `defaults` the hyperparameters that suit the images better than a
-    recipe's. `valid_pct` is the part of the images to validate on where there is no split for it. What a user should
-    know about the folder is printed. Raises `UserError` if there are files that can't be read, unless `skip_broken`
-    leaves them out, and if the rest can't be trained on.
+    recipe's. `changes` are fields of the `reading`: `size=64`. What a user should know about the folder is printed.
+    Raises `UserError` if there are files that can't be read, unless they are left out by `skip_broken`, and if the rest
+    can't be trained on; if it can't be split as `valid` says, see `split_rows`, before anything is decoded.
     """
 
-    def __init__(self, data: str | Path, skip_broken: bool = False, size: int = SIZE,
-                 valid_pct: float | None = None, fixed_ranges: ValueRanges | None = None):  # fmt: skip
+    def __init__(self, data: str | Path, reading: Reading | None = None, valid: str | None = None,
+                 fixed_ranges: ValueRanges | None = None, **changes):  # fmt: skip
+        self.reading = replace(reading or Reading(), **changes)
+        self.size, self.resize = self.reading.size, self.reading.resize
         self.folder, self.data, self.defaults = prepare_data(data)
-        listing = list_table(self.folder) if self.folder.is_file() else list_folder(self.folder)
-        pixels, state = decode_once(listing, size, fixed_ranges)
-        self.name, self.flat, self.size, self.valid_pct = listing.name, listing.flat, size, valid_pct
+        is_table = self.folder.is_file()
+        listing = list_table(self.folder, self.reading) if is_table else list_folder(self.folder, self.reading)
+        self.name, self.flat = listing.name, listing.flat
+        self.split_names = list(dict.fromkeys(image.split for image in listing.images))
+        self.classes = sorted({image.label for image in listing.images})
+        self.set_images(listing.images)
+        if valid:
+            self.split_rows(valid)
+        pixels, state = decode_once(listing, self.size, self.resize, fixed_ranges)
         self.cache, self.pixels, self.hash = pixels.path, pixels.load(), state["sha256"]
         self.copies: dict[torch.device, Tensor] = {}
         self.ranges = {kind: tuple(limits) for kind, limits in state["ranges"].items()}
@@ -47,13 +59,10 @@ class ImageTable:
         if state["broken"]:
             names = [f"{listing.relative(listing.images[i].file)} ({why})" for i, why in state["broken"]]
             trouble = f"{len(names):,} of {len(listing.images):,} images can't be used: {enumerate_names(names)}"
-            if not skip_broken:
+            if not self.reading.skip_broken:
                 raise UserError(f"{trouble}; repair or remove them, or leave them out with --skip_broken")
             notes.append(f"left out, because {trouble}")
-        self.splits, self.labels, self.files = (list(column) for column in zip(*images)) if images else ([], [], [])
-        self.split_names = list(dict.fromkeys(image.split for image in listing.images))
-        self.classes = sorted({image.label for image in listing.images})
-        self.row = {file: row for row, file in enumerate(self.files)}
+            self.set_images(images)
         train = [row for row, split in enumerate(self.splits) if split == "train"]
         if lost := {*self.classes} - {self.labels[row] for row in train}:
             where = self.folder if self.flat else f"{self.folder}/train"
@@ -67,6 +76,10 @@ class ImageTable:
                 raise UserError(f"{notes[-1]}; all are the same, check how the files were made")
         for note in notes:
             print(f"{self.name}: {note}")
+
+    def set_images(self, images: list[Item]):
+        self.splits, self.labels, self.files = (list(column) for column in zip(*images)) if images else ([], [], [])
+        self.row = {file: row for row, file in enumerate(self.files)}
 
     @classmethod
     def open(cls, data: "str | Path | ImageTable", *args, **kwargs) -> "ImageTable":
@@ -84,11 +97,11 @@ class ImageTable:
         splits = np.array(self.splits)
         train, *others = (np.flatnonzero(splits == name) for name in self.split_names)
         if valid == "holdout" or self.flat:
-            part = self.valid_pct or (0.2 if self.flat else HOLDOUT)
+            part = self.reading.valid_pct or (0.2 if self.flat else HOLDOUT)
             labels = [self.labels[row] for row in train]
             if single := [label for label, count in Counter(labels).items() if count == 1]:
-                names = enumerate_names(single)
-                raise UserError(f"{self.folder} has a single training image of {names}; add another, or remove it")
+                what = f"{self.folder} has a single training image of {enumerate_names(single)}"
+                raise UserError(f"{what}; add another, or leave it out with --skip_classes {shlex.join(single)}")
             try:
                 train, held_out = train_test_split(train, test_size=part, random_state=HOLDOUT_SEED, stratify=labels)
             except ValueError as reason:
@@ -97,10 +110,10 @@ class ImageTable:
         if not others:
             names = "test/, valid/ or val/ with class folders"
             raise UserError(f"{self.folder} has no {names} beside train/; add one or use --valid holdout")
-        if self.valid_pct is not None:
+        if self.reading.valid_pct is not None:
             raise UserError(f"{self.data} has splits of its own; add --valid holdout, or leave out --valid_pct")
-        if lost := [f"{self.folder}/{name}" for name, rows in zip(self.split_names[1:], others) if not len(rows)]:
-            raise UserError(f"no image in {enumerate_names(lost)} can be used; repair or remove it")
+        if lost := [name for name, rows in zip(self.split_names[1:], others) if not len(rows)]:
+            raise UserError(f"no {enumerate_names(lost)} image in {self.folder} can be used; repair or remove them")
         return [train, *others]
 
     def rows_of(self, split: str) -> np.ndarray:

@@ -27,8 +27,8 @@ class ImageClassifier:
     """A model with everything that its inputs and outputs depend on.
 
     `classes` are the names of the outputs, and `names` how they are displayed. `size` is the images' side in pixels;
-    `ranges`, `mean` and `std` turn images into inputs, as in training. `device` and `precision` are as in training,
-    "auto" for the fastest here.
+    `resize`, `ranges`, `mean` and `std` turn images into inputs, as in training. `device` and `precision` are as in
+    training, "auto" for the fastest here.
     """
 
     def __init__(self, model: nn.Module, data: dict[str, Any], recipe: Recipe, device="auto", precision="auto"):
@@ -37,6 +37,7 @@ class ImageClassifier:
         self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore
         self.recipe, self.name, self.classes, self.size = recipe, data["name"], list(data["classes"]), int(data["size"])
         self.names = [printable(label) for label in self.classes]
+        self.resize = data.get("resize", "crop")  # as all weights were trained that don't say
         self.ranges = {kind: tuple(limits) for kind, limits in data["ranges"].items()}
         self.mean, self.std = (torch.tensor(data[key]).to(self.device)[:, None, None] for key in ("mean", "std"))
 
@@ -65,6 +66,10 @@ class ImageClassifier:
         except (LookupError, RuntimeError, TypeError, AttributeError) as reason:
             raise UserError(f"{path} does not hold a model of this program ({str(reason)[:200]})") from None
 
+    def decode(self, image) -> np.ndarray:
+        """Like `decode_image`, as in training."""
+        return decode_image(image, self.ranges, self.size, self.resize)
+
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 `(N, 3, size, size)` → the model's inputs, on its device, as fastai's transforms compute them."""
         return (pixels.to(self.device).float().div_(255.0) - self.mean) / self.std
@@ -90,12 +95,12 @@ class ImageClassifier:
         `tta` averages six views, see `TTA`. Raises `UserError` for what is not an image.
         """
         single = isinstance(images, (str, Path)) or getattr(images, "ndim", 4) < 4 or not isinstance(images, Iterable)
-        decoded = [decode_image(image, self.ranges, self.size) for image in ([images] if single else images)]
+        decoded = [self.decode(image) for image in ([images] if single else images)]
         return self.classify(decoded, tta)
 
     def predict_files(self, files: Sequence[Path], tta: bool = False) -> tuple[Tensor, list[int], dict[int, str]]:
         """Probabilities of the images that can be read, their positions, and position → reason for the others."""
-        decoded = decode_files(list(files), self.ranges, self.size)
+        decoded = decode_files(list(files), self.ranges, self.size, self.resize)
         broken = {i: item for i, item in enumerate(decoded) if isinstance(item, str)}
         good = [i for i in range(len(decoded)) if i not in broken]
         return self.classify([decoded[i].pixels for i in good], tta), good, broken

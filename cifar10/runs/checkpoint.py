@@ -103,7 +103,9 @@ class SaveCheckpoint(Callback):
 def settings(run: Run) -> dict[str, Any]:
     """What has to be the same in all checkpoints of a run: all but where the images are."""
     same = {name: run.config.get(name) for name in ("format", "recipe", "model", "data", "lr_min", "lr_max")}
-    options = {name: value for name, value in run.config["options"].items() if name not in ("data", "timeout")}
+    options = {
+        name: value for name, value in run.config["options"].items() if name not in ("data", "images", "timeout")
+    }
     return same | {"options": options}
 
 

@@ -59,9 +59,9 @@ class Run:
         data = dict(
             name=images.name, train=len(dls.train_ds), valid=len(dls.valid_ds),
             test=len(dls[2].dataset) if len(dls.loaders) > 2 else None, classes=list(dls.vocab),
-            size=images.size, mean=mean, std=std, ranges=images.ranges, sha256=images.hash,
+            size=images.size, resize=images.resize, mean=mean, std=std, ranges=images.ranges, sha256=images.hash,
         )  # fmt: skip
-        options = replace(options, data=home_relative(images.data), device=dls.device.type, precision=learn.precision)
+        options = replace(options, **places(images), device=dls.device.type, precision=learn.precision)
         about = dict(options=asdict(options), recipe=asdict(recipe), model=get_model(learn.model).args, data=data)
         config = dict(format=FORMAT, id=uuid4().hex, **about, **collect_env(), launch=launch_id())
         run = cls(make_folder(Path(options.runs_dir), options.name, f"{images.name[:50]}-{recipe.name}"), config)
@@ -103,10 +103,10 @@ class Run:
         started_with = {name: value for name, value in vars(self.options).items() if value is not None}
         known = asdict(self.recipe) | started_with | {"name": self.path.name}
         for name, value in typed.items():
-            if name not in ("data", "resume", "runs_dir", "timeout") and value != known.get(name):
+            if name not in ("data", "images", "resume", "runs_dir", "timeout") and value != known.get(name):
                 was = f"with {name}={known[name]}" if name in known else "without it"
                 raise UserError(f"can't change --{name} on resume: this run was started {was}")
-        return replace(self.options, **{name: typed[name] for name in ("data", "timeout") if name in typed})
+        return replace(self.options, **{name: typed[name] for name in ("data", "images", "timeout") if name in typed})
 
     def check_data(self, learn: Learner):
         """Raise `UserError` unless the Learner has the images that the run was started with."""
@@ -182,6 +182,7 @@ class Run:
     def save_weights(self, model: nn.Module):
         """`WEIGHTS`: parameters, buffers, and what it takes to use them without this folder."""
         data = {name: self.config["data"][name] for name in ("name", "classes", "size", "ranges", "mean", "std")}
+        data["resize"] = self.options.resize
         about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
         about["precision"] = self.options.precision
         save_tensors(self.path / WEIGHTS, get_model(model).state_dict(), **about)
@@ -217,6 +218,14 @@ def make_folder(runs_dir: Path, name: str | None, default: str) -> Path:
     except OSError as reason:
         raise UserError(f"{path} can't be made ({reason.strerror}); choose another --runs_dir") from None
     return path
+
+
+def places(images) -> dict[str, Any]:
+    """The options that say where the images of an `ImageTable` are."""
+    folder = images.reading.images
+    return dict(
+        data=home_relative(images.data), images=folder and home_relative(str(Path(folder).expanduser().absolute()))
+    )
 
 
 def home_relative(path: str) -> str:

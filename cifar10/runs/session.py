@@ -13,7 +13,7 @@ from fastai.torch_core import num_distrib, set_seed
 from fastai.vision.all import Learner
 
 from cifar10.cli import import_extra
-from cifar10.data import ImageTable, describe
+from cifar10.data import ImageTable, Reading, describe
 from cifar10.errors import UserError
 from cifar10.files import write
 from cifar10.processes import (
@@ -26,7 +26,7 @@ from cifar10.processes import (
     process_group,
 )
 from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
-from cifar10.runs.run import Run, check_folder, home_relative
+from cifar10.runs.run import Run, check_folder, places
 from cifar10.training import Options, Recipe, StopAtNaN, TimeEstimate
 
 
@@ -79,7 +79,7 @@ class Session:
         """The images that the options name, decoded once on each host; they decide about the recipe's defaults."""
         options = self.options
         with local_rank0_first():
-            images = ImageTable.open(options.data, options.skip_broken, options.size, options.valid_pct)
+            images = ImageTable.open(options.data, Reading.of(options), options.valid)
         check_same(images.hash, "the data set")
         self.recipe = self.run.recipe if self.is_resumed else options.resolve(images)
         return images
@@ -97,7 +97,7 @@ class Session:
             self.run = from_rank0(Run.create)(options, self.recipe, learn)
             self.resources.enter_context(self.run.lock())
         run = self.run
-        run.config["options"]["data"] = home_relative(images.data)  # where they are now
+        run.config["options"] |= places(images)  # where they are now
         run.update()
         print(f"{describe(learn.dls)}; {run.path}")
         self.checkpoint = from_rank0(last_checkpoint)(run)

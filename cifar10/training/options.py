@@ -10,6 +10,7 @@ from cifar10.errors import UserError
 from cifar10.training.recipes import POSITIVE, RECIPES, Bounds, Recipe, check_fields, choices
 
 YES_NO = {"action": YesNo}
+SEVERAL = {"nargs": "+", "type": str}
 
 
 # fastcore makes the command line of this: the comments are the help texts.
@@ -22,10 +23,14 @@ class Options:
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
     valid_pct: float | None = None  # part of train to hold out (default: 0.1; 0.2 for a folder without splits)
-    weighted: Annotated[bool | None, YES_NO] = (
-        None  # draw the training images of all classes equally often (default: no)
-    )
+    weighted: Annotated[bool | None, YES_NO] = None  # train on all classes equally often (default: no)
     skip_broken: bool = False  # leave out images that can't be read, and train on the rest
+    skip_classes: Annotated[list[str] | None, SEVERAL] = None  # leave out classes, or folders that are none: names
+    resize: Annotated[str, choices("crop", "squish", "pad")] = "crop"  # use the central square, or all of the image
+    image_column: str | None = None  # of a table: the column of paths or ids (default: image, or the only one)
+    label_column: str | None = None  # of a table: the column of classes (default: label, or the only one)
+    split_column: str | None = None  # of a table: the column of splits (default: split, or the only one)
+    images: str | None = None  # folder that a table's paths are relative to (default: the table's)
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, scaled with epochs)
     batch_size: int | None = None  # images per step (default: the recipe's; at most 64 for fewer than 10,000 images)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_images
 from fastai.vision.all import PILImage, TensorImage, load_learner
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cifar10.data.decode import IMAGE_SUFFIXES, decode_image
 from cifar10.data.table import ImageTable
@@ -153,6 +153,43 @@ def test_transparency_of_16_bits():
 
 def test_half_transparent_pixels_are_mixed_with_white():
     assert decode_image(Image.new("RGBA", (32, 32), (0, 100, 200, 128)))[:, 0, 0].tolist() == [127, 177, 227]
+
+
+@pytest.mark.parametrize(("width", "height"), [(103, 289), (289, 103), (64, 64)])
+def test_ways_to_make_an_image_square(tmp_path, width, height):
+    """A defect at the edge is cut away by the first one only; each is Pillow's function with the bilinear filter."""
+    pixels = np.random.default_rng(0).integers(0, 100, (height, width, 3), dtype=np.uint8)
+    pixels[:20, :20] = 255
+    image, size, bilinear = Image.fromarray(pixels), (32, 32), Image.Resampling.BILINEAR
+    expected = {
+        "crop": ImageOps.fit(image, size, bilinear),
+        "squish": image.resize(size, bilinear),
+        "pad": ImageOps.pad(image, size, bilinear),
+    }
+    image.save(tmp_path / "image.png")
+    for resize, square in expected.items():
+        found = decode_image(tmp_path / "image.png", resize=resize)
+        np.testing.assert_array_equal(found, np.asarray(square).transpose(2, 0, 1))
+        assert (found.max() > 150) == (resize != "crop" or width == height)
+    np.testing.assert_array_equal(decode_image(tmp_path / "image.png"), decode_image(image, resize="crop"))
+
+
+def test_each_way_has_a_cache_of_its_own(tmp_path):
+    folder = make_images(tmp_path / "set", train=3, test=2)
+    for file in folder.rglob("*.png"):
+        Image.open(file).resize((40, 80)).save(file)
+    tables = {resize: ImageTable(folder, resize=resize) for resize in ("crop", "squish", "pad")}
+    assert len({table.hash for table in tables.values()}) == len({table.cache for table in tables.values()}) == 3
+    for resize, table in tables.items():
+        dls = get_dls(folder, batch_size=2, resize=resize)
+        assert dls.train.table.hash == table.hash and table.sizes == [(40, 80)] * 2
+        (tmp_path / "other.png").write_bytes(table.files[0].read_bytes())
+        learn = get_learner(dls, width=1, path=tmp_path)
+        learn.export("exported.pkl")
+        for found in (dls, load_learner(tmp_path / "exported.pkl").dls):
+            assert torch.equal(found.test_dl([tmp_path / "other.png"]).pixels[0], table.pixels[0])
+    with pytest.raises(UserError, match="resize is 'stretch'; it must be one of crop, squish, pad"):
+        get_dls(folder, resize="stretch")
 
 
 # ---- The range of values

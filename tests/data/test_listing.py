@@ -12,7 +12,9 @@ from conftest import make_images
 from PIL import Image
 
 from cifar10.data.decode import decode_image
+from cifar10.data.folders import split_of
 from cifar10.data.listing import list_folder
+from cifar10.data.reading import Reading
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
 from train import get_dls
@@ -79,8 +81,13 @@ def test_a_class_without_images_is_an_error(folder, split, content):
     (folder / split / "star").mkdir()
     if content:
         (folder / split / "star" / content).write_text("x")
-    with pytest.raises(UserError, match=f"has class folders without images: {split}/star; add some or remove them"):
+    with pytest.raises(UserError, match=f"has class folders without images: {split}/star.*--skip_classes star"):
         list_folder(folder)
+    assert {image.label for image in list_folder(folder, Reading(skip_classes=["star"])).images} == {
+        "bar",
+        "cross",
+        "ring",
+    }
 
 
 def rename(folder, old, new):
@@ -133,7 +140,7 @@ def test_labelled_images_beside_unlabelled_ones(folder, capsys, labelled, unlabe
     for i in range(5):
         Image.new("RGB", (9, 9)).save(target / f"{i}.png")
     table = ImageTable(folder)
-    assert [len(rows) for rows in table.split_rows("test")] == [12, 6] and table.split_names == ["train", labelled]
+    assert [len(rows) for rows in table.split_rows("test")] == [12, 6] and table.split_names == ["train", "valid"]
     why = "its files have no class folders" if unlabelled == "flat" else "it has none of train's classes"
     assert f"set: test/ is not used: {why}" in capsys.readouterr().out
 
@@ -177,10 +184,10 @@ def test_what_systems_leave_in_folders_is_no_class(folder, capsys):
 
 
 def test_folders_beside_the_splits_are_told(folder, capsys):
-    for name in ("Test", "more", ".hidden"):
+    for name in ("extra", "more", ".hidden"):
         (folder / name / "ring").mkdir(parents=True, exist_ok=True)
     (folder / "test").rename(folder / "valid")
-    assert told(folder, capsys) == "set: not used, beside train/: Test, more"
+    assert told(folder, capsys) == "set: not used, beside train/: extra, more"
 
 
 def test_images_in_folders_within_a_class_are_told(folder, capsys):
@@ -190,9 +197,135 @@ def test_images_in_folders_within_a_class_are_told(folder, capsys):
     assert told(folder, capsys) == "set: 2 images in folders within a class, counted as part of it"
 
 
-def test_validation_is_a_name_as_well(folder):
-    os.rename(folder / "test", folder / "validation")
-    assert ImageTable(folder).split_names == ["train", "validation"]
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("train", "validation", "valid"),
+        ("Train", "Test", "test"),
+        ("training", "testing", "test"),
+        ("seg_train", "seg_test", "test"),
+        ("train_images", "val_images", "valid"),
+        ("images_train", "images_test", "test"),
+        ("flowers-TRAIN", "flowers-VALID", "valid"),
+        ("trainset", "testset", "test"),
+        ("train2017", "val2017", "valid"),
+    ],
+)
+def test_names_that_mean_a_split(folder, train, other, split):
+    os.rename(folder / "train", folder / train)
+    os.rename(folder / "test", folder / other)
+    table = ImageTable(folder)
+    assert table.split_names == ["train", split] and [table.splits.count(name) for name in table.split_names] == [12, 6]
+
+
+@pytest.mark.parametrize("name", ["contest", "latest", "training_and_test", "trainers", "vale", "retrain"])
+def test_names_that_mean_no_split(name):
+    assert split_of(name) is None
+
+
+@pytest.mark.parametrize("root", ["", "set"])
+def test_a_folder_in_one_of_its_own_name(folder, root):
+    for name in ("train", "test"):
+        os.rename(folder / name, folder / "inner")
+        (folder / f"seg_{name}").mkdir()
+        os.rename(folder / "inner", folder / f"seg_{name}/seg_{name}")
+    if root:
+        os.rename(folder, folder.with_name("inner"))
+        folder.mkdir()
+        os.rename(folder.with_name("inner"), folder / root)
+    table = ImageTable(folder)
+    assert table.classes == ["bar", "cross", "ring"] and table.split_names == ["train", "test"]
+
+
+def test_splits_without_class_folders_name_the_table(folder):
+    for path in [*folder.glob("*/*/*.png")]:
+        split, label = path.parent.parent, path.parent.name
+        path.rename(split / f"{label}{path.name}")
+    for name in ("train", "test"):
+        for label in ("bar", "cross", "ring"):
+            (folder / name / label).rmdir()
+        os.rename(folder / name, folder / f"{name}_images")
+    with pytest.raises(
+        UserError, match="holds train_images, test_images, but no class folders in train_images; they need"
+    ):
+        ImageTable(folder)
+    (folder / "sample.csv").write_text("id\n")
+    rows = [f"{file.stem},{file.stem[:-1]}\n" for file in sorted((folder / "train_images").iterdir())]
+    (folder / "train.csv").write_text("id,kind\n" + "".join(rows))
+    with pytest.raises(UserError, match=r"if the labels are in train.csv, pass --data (.*train.csv)") as error:
+        ImageTable(folder)
+    table = ImageTable(str(error.value).rpartition(" ")[2])  # with the only folder that holds all of them
+    assert table.classes == ["bar", "cross", "ring"] and len(table.files) == 12
+
+
+def test_classes_that_are_named_like_splits(folder):
+    """They stay possible in the way that the error names."""
+    flat = folder / "train"
+    os.rename(flat / "ring", flat / "test")
+    shutil.rmtree(folder / "test")
+    with pytest.raises(UserError, match=r"holds test, but no train/; .* put all folders into one named train, and add"):
+        ImageTable(flat)
+    assert get_dls(folder, valid="holdout", valid_pct=0.25, batch_size=2).vocab == ["bar", "cross", "test"]
+    os.rename(flat / "test", flat / "train_station")
+    assert ImageTable(flat).classes == ["bar", "cross", "train_station"]
+
+
+@pytest.mark.parametrize("annotations", ["annotations/masks", "Masks", "ground_truth", "labels"])
+@pytest.mark.parametrize("images", ["images", "JPEGImages"])
+def test_images_beside_annotations_are_no_classes(folder, images, annotations):
+    flat = folder / "train"
+    os.rename(flat / "ring", flat / images)
+    (flat / annotations).parent.mkdir(exist_ok=True)
+    os.rename(flat / "cross", flat / annotations)
+    for place in (folder, flat):
+        with pytest.raises(
+            UserError, match=rf"holds {images}/ beside .*/, which are no classes; .* CSV file of labels"
+        ):
+            ImageTable(place)
+    (flat / "list.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"pass --data .*list.csv"):
+        ImageTable(flat)
+
+
+def test_masks_beside_photos_are_told(folder, capsys):
+    for file in [*folder.glob("train/ring/*.png")]:
+        Image.open(file).save(file.with_suffix(".jpg"))
+    note = (
+        "set: 8 images differ by the suffix of their names only, like 0.jpg and 0.png; remove those that are masks or"
+    )
+    assert told(folder, capsys) == f"{note} copies"
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_classes_whose_files_have_the_same_names_are_told(folder, capsys, numbered):
+    for file in [*folder.glob("train/[cr]*/*.png")]:
+        file.rename(file.with_stem(f"{'' if numbered or file.stem in '12' else 'b'}{file.stem}"))
+    said = told(folder, capsys)
+    assert (
+        said == ""
+        if numbered
+        else said == "set: the files of cross, ring have the same names; are they masks or copies?"
+    )
+
+
+@pytest.mark.parametrize("deeper", [("ring",), ("ring", "cross", "bar")])
+def test_a_folder_that_is_one_level_too_high_is_told(folder, capsys, deeper):
+    flat = folder / "train"
+    for name in deeper:
+        for i in range(4):
+            (flat / name / f"{i % 2}").mkdir(exist_ok=True)
+            (flat / name / f"{i}.png").rename(flat / name / f"{i % 2}/{i}.png")
+    ImageTable(flat)
+    note = f"train: {4 * len(deeper)} images in folders within a class, counted as part of it"
+    hint = f"; if these folders are the classes, pass --data {flat / 'ring'}" if len(deeper) == 1 else ""
+    assert f"{note}{hint}\n" in capsys.readouterr().out
+    assert ImageTable(flat / "ring").classes == ["0", "1"]
+
+
+def test_skipped_classes_are_counted(folder, capsys):
+    table = ImageTable(folder, skip_classes=["ring", "nothing"])
+    assert table.classes == ["bar", "cross"] and table.split_names == ["train", "test"]
+    assert "set: 6 files ignored: 6 in skipped classes\n" in capsys.readouterr().out
 
 
 def test_leaks_and_contradictions_are_told(folder, capsys):
@@ -207,7 +340,7 @@ def test_leaks_and_contradictions_are_told(folder, capsys):
 def test_a_class_of_photos_that_pillow_does_not_open_is_named_with_them(folder):
     for file in folder.glob("train/ring/*.png"):
         file.rename(file.with_suffix(".heic"))
-    with pytest.raises(UserError, match=r"images: train/ring; add some or remove them \(ignored files: 4 .heic\)"):
+    with pytest.raises(UserError, match=r"images: train/ring \(ignored files: 4 .heic\); add some or remove them, or"):
         list_folder(folder)
 
 
@@ -268,7 +401,7 @@ def test_a_class_that_is_broken_altogether(folder):
 def test_a_split_that_is_broken_altogether(folder):
     for file in folder.glob("test/*/*.png"):
         file.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"no image in .*set/test can be used; repair or remove it"):
+    with pytest.raises(UserError, match=r"no test image in .*set can be used; repair or remove them"):
         get_dls(folder, skip_broken=True, batch_size=2)
     assert len(get_dls(folder, skip_broken=True, batch_size=2, valid="holdout", valid_pct=0.25).valid_ds) == 3
 

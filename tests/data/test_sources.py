@@ -197,3 +197,34 @@ def test_zip_archives_of_other_programs(tmp_path, shapes):
     (tmp_path / "set.zip").write_bytes(data.replace(b"caf??", "café".encode()))
     table = ImageTable.open(tmp_path / "set.zip")
     assert table.classes == ["café", "cross"] and len(table.files) == 64
+
+
+@pytest.mark.parametrize(
+    ("encoding", "names", "said"),
+    [
+        ("cp932", "赤 緑 青", ""),
+        ("cp932", "いぬ データ ねこ（小）", ""),
+        ("cp932", "犬 猫", "has file names in cp437 or cp932"),
+        ("gbk", "正常 缺陷", ""),
+        ("euc_kr", "고양이 강아지", "has file names in euc_kr or gb2312"),
+        ("cp437", "größe Äpfel niño", ""),
+        ("cp866", "кот собака", "has file names in an unknown encoding"),
+        ("utf-8", "größe 猫 кот", ""),
+    ],
+)
+def test_names_in_the_encoding_of_a_country(tmp_path, capsys, encoding, names, said):
+    """Recognized if only one is possible; otherwise a line says so, and the classes are still apart."""
+    codes = {f"@{number}": name.encode(encoding) for number, name in enumerate(names.split())}
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for code, name in codes.items():
+            for i in range(2):
+                archive.writestr(f"{code}{'_' * (len(name) - 2)}/img{i}.jpg", b"no image")
+    data = (tmp_path / "set.zip").read_bytes()
+    for code, name in codes.items():
+        data = data.replace(code.encode() + b"_" * (len(name) - 2), name)
+    (tmp_path / "set.zip").write_bytes(data)
+    folders = {path.name for path in prepare_data(tmp_path / "set.zip").folder.iterdir()}
+    assert len(folders) == len(codes)
+    assert folders == {*names.split()} or said
+    line = f"set.zip {said}; if classes are unreadable, unpack it with another program\n"
+    assert line in capsys.readouterr().out if said else "program" not in capsys.readouterr().out

@@ -60,7 +60,7 @@ def test_a_run_describes_all_that_its_model_needs(tmp_path, learn, dls):
     torch.testing.assert_close(model.eval()(x), learn.model.eval()(x))
     tensors, about = load_tensors(tmp_path / "run/model.safetensors")
     assert set(tensors) == set(model.state_dict()) and about["format"] == FORMAT and about["model"] == again.model_args
-    data = dict(name="shapes", classes=again.classes, size=32, ranges={}, mean=again.mean, std=again.std)
+    data = dict(name="shapes", classes=again.classes, size=32, resize="crop", ranges={}, mean=again.mean, std=again.std)
     assert about["data"] == data and about["recipe"] == json.loads(json.dumps(asdict(ASSIGNMENT)))
 
 
