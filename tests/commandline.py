@@ -1,16 +1,26 @@
 """Our scripts, run as from a shell, but from a process that has imported the packages already (which takes seconds)."""
 
+import atexit
+import ctypes
+import functools
+import json
 import multiprocessing
 import os
 import runpy
+import signal
+import socket
 import sys
 import tempfile
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["cifar10.data", "cifar10.training", "cifar10.runs", "cifar10.interpretation"])
+SERVER.set_forkserver_preload(
+    ["cifar10.data", "cifar10.training", "cifar10.runs", "cifar10.interpretation", "torch.distributed.run"]
+)
+FORK = multiprocessing.get_context("fork")
 
 
 class Done(NamedTuple):
@@ -29,10 +39,24 @@ def become(script: str, arguments: list[str], cwd: str, outputs: list[str], file
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.chdir(cwd)
-    sys.argv = [str(ROOT / script), *arguments]
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    sys.path.insert(0, str(ROOT))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run_python([str(ROOT / script), *arguments])
+
+
+def run_python(words: list[str]):
+    """Run a script, `-m module` or `-c code` with its arguments, as the Python interpreter does."""
+    first, *arguments = words
+    if first not in ("-m", "-c"):
+        sys.argv = [first, *arguments]
+        sys.path.insert(0, str(Path(first).resolve().parent))
+        runpy.run_path(first, run_name="__main__")
+        return
+    sys.path.insert(0, "")
+    sys.argv = [first, *arguments[1:]]
+    if first == "-m":
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(arguments[0], "<string>", "exec"), vars(sys.modules["__main__"]) | {"__name__": "__main__"})
 
 
 def command(script: str, *arguments, cwd: Path, file_size: int | None = None) -> Done:
@@ -43,3 +67,83 @@ def command(script: str, *arguments, cwd: Path, file_size: int | None = None) ->
         process.start()
         process.join()
         return Done(process.exitcode, Path(out.name).read_text(), Path(err.name).read_text())
+
+
+# ---- An executable in the place of Python, for whatever starts Python by itself
+
+
+@functools.cache
+def warm_python() -> str:
+    """The path of a program that runs scripts, modules and code as Python does, by processes that are forked.
+
+    It passes signals on, and ends as the forked process does, by a signal as well. If it is killed, so is the process.
+    Sources: https://docs.pytorch.org/docs/stable/elastic/run.html names the environment variable PYTHON_EXEC.
+    """
+    folder = Path(tempfile.mkdtemp())
+    client = f"{sys.executable} -IS {Path(__file__).with_name('warm.py')} {folder}/socket"
+    (folder / "python").write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+    (folder / "python").chmod(0o755)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{folder}/socket")
+    listener.listen(64)
+    server = SERVER.Process(target=serve, args=(listener,), daemon=False)
+    server.start()
+    listener.close()
+    atexit.register(server.terminate)  # before multiprocessing waits for it
+    return str(folder / "python")
+
+
+def serve(listener: socket.socket):
+    """Answer clients until the tests end."""
+    tests = multiprocessing.parent_process().sentinel
+    while tests not in wait([listener, tests]):
+        connection, _ = listener.accept()
+        FORK.Process(target=watch, args=(connection, listener)).start()
+        connection.close()
+        multiprocessing.active_children()  # waits for those that have ended
+
+
+def watch(connection: socket.socket, listener: socket.socket):
+    """Run what a client asks for and tell it the status; kill it if the client is gone."""
+    listener.close()
+    _, descriptors, *_ = socket.recv_fds(connection, 1, 4)
+    about = json.loads(connection.makefile().readline())
+    process = FORK.Process(target=become_client, args=(connection, descriptors, about))
+    process.start()
+    for descriptor in descriptors:
+        os.close(descriptor)
+    connection.sendall(f"{process.pid}\n".encode())
+    if process.sentinel in wait([process.sentinel, connection]):
+        process.join()
+        connection.sendall(f"{process.exitcode}\n".encode())
+    else:
+        process.kill()
+
+
+def become_client(connection: socket.socket, descriptors: list[int], about: dict):
+    """Run Python with the client's streams, folder, environment, signals and network."""
+    import torch
+
+    connection.close()
+    *streams, network = descriptors
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino and ctypes.CDLL(None).setns(network, 0):
+        raise OSError("the process can't join the network namespace of its client")
+    for descriptor in descriptors:
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(about["environment"])
+    os.chdir(about["cwd"])
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if number in about["ignored"] else signal.SIG_DFL)
+    interrupted = signal.SIG_IGN if signal.SIGINT in about["ignored"] else signal.default_int_handler
+    signal.signal(signal.SIGINT, interrupted)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    words = about["words"]
+    unbuffered = words[0] == "-u"
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1 if unbuffered else -1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    run_python(words[unbuffered:])

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from commandline import ROOT
+from commandline import ROOT, warm_python
 from torch import nn
 
 from benchmarks import ablation, gpu, seeds, steps
@@ -23,8 +22,8 @@ from model import ResNet
 
 def module(name: str, *arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     """Run one of the benchmarks as README says."""
-    words = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
+    words = [warm_python(), "-m", f"benchmarks.{name}", *map(str, arguments)]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from importlib import import_module
@@ -13,7 +12,7 @@ from threading import Thread
 
 import pytest
 import torch
-from commandline import ROOT
+from commandline import ROOT, warm_python
 
 from cifar10.cli import parse
 from cifar10.errors import UserError
@@ -110,7 +109,7 @@ def test_a_pipe_is_written_to_and_a_link_stays(tmp_path):
     (tmp_path / "table").write_text("before\n")
     code = "from pathlib import Path; from cifar10.files import write; write(Path('/dev/stdout'), 'after')"
     with (tmp_path / "table").open("a") as table:
-        subprocess.run([sys.executable, "-c", code], stdout=table, cwd=ROOT, check=True)
+        subprocess.run([warm_python(), "-c", code], stdout=table, cwd=ROOT, check=True)
     assert (tmp_path / "table").read_text() == "before\nafter"
     with pytest.raises(UserError, match=r"/dev/full can't be written .*; free some disk space"):
         write(Path("/dev/full"), "text")

@@ -9,7 +9,7 @@ import time
 
 import nbformat
 import pytest
-from commandline import ROOT
+from commandline import ROOT, warm_python
 from nbclient import NotebookClient
 
 from cifar10 import cli
@@ -21,7 +21,7 @@ QUICK = ["--data", "digits", "--width", "2", "--epochs", "1", "--peak_epoch", "1
 def run_cells(*cells: str, cwd) -> list[str]:
     """What each cell shows, as text: streams, results, and the last line of an error."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(cwd)}}, allow_errors=True).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(cwd)}}, allow_errors=True).execute()
     return ["".join(map(shown, cell.outputs)) for cell in notebook.cells]
 
 
@@ -38,7 +38,7 @@ def test_the_walkthrough(tmp_path, monkeypatch):
     notebook = nbformat.read(ROOT / "walkthrough.ipynb", 4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(ROOT)}}).execute()
     pictures = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
     text = "".join(shown(output) for cell in code for output in cell.outputs)
     assert pictures >= 7 and "Total params" in text and "with test-time augmentation" in text
@@ -138,13 +138,14 @@ def test_unusual_streams(bare, monkeypatch, stream):
 
 
 def start(tmp_path, *options, **streams) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "train.py", *QUICK, "--epochs", "500", *options, "--name", "run"]
+    command = [warm_python(), ROOT / "train.py", *QUICK, "--epochs", "500", *options, "--name", "run"]
     heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731 (nohup, if the tests run under it, ignores it)
     return subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, preexec_fn=heed, **streams)
 
 
-def wait_for_training(tmp_path):
+def wait_for_training(process, tmp_path):
     while not list((tmp_path / "runs/run/checkpoints").glob("*.safetensors")):
+        assert process.poll() is None
         time.sleep(0.1)
 
 
@@ -152,7 +153,7 @@ def wait_for_training(tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_closed_terminal(tmp_path):
     process = start(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_for_training(tmp_path)
+    wait_for_training(process, tmp_path)
     process.send_signal(signal.SIGHUP)
     said = process.communicate()[1]
     assert process.returncode == 129 and "stopped by SIGHUP; resume with: " in said and "--resume runs/run" in said

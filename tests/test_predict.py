@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from commandline import ROOT, command
+from commandline import ROOT, command, warm_python
 from conftest import make_images
 from PIL import Image
 
@@ -89,14 +89,14 @@ def test_a_table_on_the_terminal(run, photos, tmp_path):
 
 def test_a_list_from_the_standard_input(run, photos):
     names = "\n".join(map(str, sorted((photos / "test/ring").iterdir()))) + "\n"
-    words = [sys.executable, ROOT / "predict.py", run, "-"]
+    words = [warm_python(), ROOT / "predict.py", run, "-"]
     done = subprocess.run(words, input=names, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 9, done.stderr
     bytes_of = [photos.parent / os.fsdecode(b"caf\xe9.png"), photos / "test/ring/0.png"]
     bytes_of[0].write_bytes(bytes_of[1].read_bytes())
     listed = b"\n".join(map(os.fsencode, bytes_of))
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(words, input=listed, capture_output=True, env=strict)
+    done = subprocess.run([sys.executable, *words[1:]], input=listed, capture_output=True, env=strict)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3, done.stderr
     done = subprocess.run(words, input="", capture_output=True, text=True, env=os.environ)
     assert done.returncode == 2 and "no images were named" in done.stderr

@@ -6,11 +6,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
-from commandline import ROOT, command
+from commandline import ROOT, command, warm_python
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
@@ -126,9 +125,8 @@ def test_help_explains_each_option_with_its_default(tmp_path):
 @pytest.mark.parametrize(("number", "by", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
 def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, number, by, status):
     options = {"--data": shapes, "--lr_max": 0.01, "--epochs": 40, "--width": 4, "--batch_size": 24, "--name": "long"}
-    command("train.py", "--help", cwd=tmp_path)  # so that the second one below starts at once
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *(str(word) for option in options.items() for word in option)],
+        [warm_python(), ROOT / "train.py", *(str(word) for option in options.items() for word in option)],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
@@ -138,9 +136,10 @@ def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, num
     second = command("train.py", "--resume", "runs/long", cwd=tmp_path)
     assert second.returncode == 2 and "runs/long is locked by another process" in second.stderr
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == status
     (how,) = re.findall(rf"^stopped by {by}; resume with: (.*)$", errors.strip())
+    how = re.sub(r"^\S+", warm_python(), how)
     done = subprocess.run(how, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"Resuming after epoch \d+ of 40", done.stdout)
@@ -196,7 +195,7 @@ def test_the_readmes_repl_lines(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", lines + check], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [warm_python(), "-c", lines + check], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
@@ -215,7 +214,7 @@ import train
 train.main(resume="runs/stopped")
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([warm_python(), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "batches.csv", "report.md"):
         assert (tmp_path / "runs/whole" / name).read_bytes() == (tmp_path / "runs/stopped" / name).read_bytes()
@@ -250,7 +249,7 @@ def test_the_lines_of_usage_md(run, shapes, tmp_path):
     check = "\nassert classifier.classes == ['cross', 'ring']; print(probabilities.tolist())"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", lines + check], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [warm_python(), "-c", lines + check], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     dls = train.get_dls(shapes)

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from conftest import ROOT
+from commandline import ROOT, command, warm_python
 from filelock import FileLock
 
 import train
@@ -29,12 +29,13 @@ LOST = "stopped by a lost connection to another process"
 
 
 def torchrun(
-    script: str | Path, *arguments, cwd: Path, processes=2, launcher=("--standalone",), before=(), **variables
+    script: str | Path, *arguments, cwd: Path, processes=2, launcher=("--standalone",), before=(), python=None, **variables
 ):
     """Run a script of ours in several processes; stderr goes to stdout."""
-    run = [*before, sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node", processes]
+    python = python or warm_python()
+    run = [*before, python, "-m", "torch.distributed.run", *launcher, "--nproc_per_node", processes]
     command = [str(word) for word in (*run, ROOT / script, *arguments)]
-    about = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    about = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python} | variables
     return subprocess.Popen(command, cwd=cwd, env=about, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -128,10 +129,10 @@ def test_two_processes_become_as_accurate_as_one(found):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, digits) -> Path:
-    """The folder of a run by two processes that nothing has interrupted."""
+    """The folder of a run by two processes that nothing has interrupted, and that are interpreters of their own."""
 
     def make(folder: Path):
-        output = finish(torchrun("train.py", *OPTIONS, cwd=folder))
+        output = finish(torchrun("train.py", *OPTIONS, cwd=folder, python=sys.executable))
         assert output.count("digits: ") == 2, output  # its first and its last line: only rank 0 prints
 
     return once(tmp_path_factory, "whole", make) / "runs" / "run"
@@ -156,9 +157,7 @@ def test_a_killed_process_ends_the_others_and_another_number_can_resume(digits, 
     process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path)
     output = finish(process)
     assert process.returncode and output.count("; resume with: torchrun --standalone --nproc_per_node 2 ") == 1, output
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--resume", "last"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = command("train.py", "--resume", "last", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Started with 2 and resumed with 1 processes: the result is the same only up to rounding" in done.stdout
 
@@ -337,5 +336,5 @@ def test_hosts_that_lose_each_other_end_after_the_timeout(hosts, tmp_path):
         time.sleep(0.1)
     subprocess.run(["ip", "-n", hosts[0], "link", "set", hosts[0], "down"], check=True)
     for process in processes:
-        output = process.communicate(timeout=60)[0]
+        output = finish(process)
         assert re.search(f"{LOST}; resume with: the same command on each host, with --resume", output), output
