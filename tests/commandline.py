@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -11,6 +12,8 @@ import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
+from itertools import takewhile
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +84,7 @@ def warm_python() -> str:
     """
     folder = Path(tempfile.mkdtemp())
     client = f"{sys.executable} -IS {Path(__file__).with_name('warm.py')} {folder}/socket"
-    (folder / "python").write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+    (folder / "python").write_text(f'#!/bin/sh\nexec {client} "$0" "$@"\n')
     (folder / "python").chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{folder}/socket")
@@ -106,7 +109,7 @@ def serve(listener: socket.socket):
 def watch(connection: socket.socket, listener: socket.socket):
     """Run what a client asks for and tell it the status; kill it if the client is gone."""
     listener.close()
-    _, descriptors, *_ = socket.recv_fds(connection, 1, 4)
+    _, descriptors, *_ = socket.recv_fds(connection, 1, 100)
     about = json.loads(connection.makefile().readline())
     process = FORK.Process(target=become_client, args=(connection, descriptors, about))
     process.start()
@@ -121,17 +124,22 @@ def watch(connection: socket.socket, listener: socket.socket):
 
 
 def become_client(connection: socket.socket, descriptors: list[int], about: dict):
-    """Run Python with the client's streams, folder, environment, signals and network."""
+    """Run Python with the client's files, folder, environment, signals and network; multiprocessing starts it alike."""
     import torch
 
     connection.close()
-    *streams, network = descriptors
-    for number, descriptor in enumerate(streams):
-        os.dup2(descriptor, number)
-    if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino and ctypes.CDLL(None).setns(network, 0):
-        raise OSError("the process can't join the network namespace of its client")
+    network, *passed = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 200) for descriptor in descriptors]
     for descriptor in descriptors:
         os.close(descriptor)
+    for number, descriptor in zip(about["descriptors"], passed, strict=True):
+        if number > 2:
+            with suppress(OSError):
+                os.dup(number)  # it may be what tells multiprocessing that this process is alive
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino and ctypes.CDLL(None).setns(network, 0):
+        raise OSError("the process can't join the network namespace of its client")
+    os.close(network)
     os.environ.clear()
     os.environ.update(about["environment"])
     os.chdir(about["cwd"])
@@ -140,10 +148,10 @@ def become_client(connection: socket.socket, descriptors: list[int], about: dict
     interrupted = signal.SIG_IGN if signal.SIGINT in about["ignored"] else signal.default_int_handler
     signal.signal(signal.SIGINT, interrupted)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    words = about["words"]
-    unbuffered = words[0] == "-u"
+    multiprocessing.set_executable(about["python"])
+    options = list(takewhile(lambda word: word.startswith("-") and word not in ("-m", "-c"), about["words"]))
     sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout = os.fdopen(1, "w", buffering=1 if unbuffered else -1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1 if "-u" in options else -1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    run_python(words[unbuffered:])
+    run_python(about["words"][len(options) :])

@@ -12,18 +12,21 @@ import sys
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def main(address: str, *words: str):
+def main(address: str, python: str, *words: str):
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
     ignored = [int(number) for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
-    about = dict(words=words, cwd=os.getcwd(), environment=dict(os.environ), ignored=ignored)
+    passed = [int(name) for name in os.listdir("/proc/self/fd")]
+    passed = [number for number in passed if os.path.exists(f"/proc/self/fd/{number}") and os.get_inheritable(number)]
+    about = dict(words=words, python=python, cwd=os.getcwd(), environment=dict(os.environ), ignored=ignored)
+    about |= dict(descriptors=passed)
     network = os.open("/proc/self/ns/net", os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
-        socket.send_fds(server, [b"\n"], [0, 1, 2, network])
+        socket.send_fds(server, [b"\n"], [network, *passed])
         server.sendall(json.dumps(about).encode() + b"\n")
         answers = server.makefile()
         process = int(answers.readline())
