@@ -109,10 +109,10 @@ def number_blocks(folder: Path, group: int) -> list[str]:
 def main(folder: Path):
     blocks = []
     for group in range(3):
-        with process_group("cpu", timeout=60):
+        with process_group("cpu", timeout=900):
             blocks.append(number_blocks(folder, group))
     left = not torch.distributed.is_initialized()
-    with process_group("cpu", timeout=60):
+    with process_group("cpu", timeout=900):
         found = {norm: train_watched(norm) for norm in ("layer", "batch")}
         found |= dict(blocks=blocks[0], groups=sum(block == blocks[0] for block in blocks), left=left)
         found["batch norm"], found["statistics"] = batch_norm_gradients(), statistics()

@@ -24,7 +24,7 @@ from cifar10.processes import is_lost, process_group
 from cifar10.training import Options
 
 OPTIONS = ["--data", "digits", "--width", 8, "--epochs", 3, "--peak_epoch", 1, "--lr_max", 0.1, "--precision", "fp32"]
-OPTIONS += ["--name", "run", "--timeout", 60]
+OPTIONS += ["--name", "run", "--timeout", 900]
 LOST = "stopped by a lost connection to another process"
 
 
@@ -70,6 +70,7 @@ def found(tmp_path_factory, digits) -> dict[int, list[dict]]:
     return {n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=False) for rank in range(n)] for n in (1, 2, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", (2, 3))
 @pytest.mark.parametrize("norm", ("layer", "batch"))
 def test_several_processes_train_as_one(found, norm, processes):
@@ -88,6 +89,7 @@ def test_several_processes_train_as_one(found, norm, processes):
         assert torch.allclose(them[0]["state"][name].float(), buffer.float(), rtol=0.1, atol=0.1), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", (2, 3))
 def test_batch_normalization_is_over_all_processes(found, processes):
     expected = found[1][0]["batch norm"]
@@ -96,6 +98,7 @@ def test_batch_normalization_is_over_all_processes(found, processes):
         torch.testing.assert_close(part["statistics"], found[1][0]["statistics"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", (2, 3))
 @pytest.mark.parametrize("kind", ("trained", "validated"))
 def test_each_image_is_seen_once(found, kind, processes):
@@ -110,6 +113,7 @@ def test_each_image_is_seen_once(found, kind, processes):
         assert len({len(part) for part in split}) == 2  # the last image is seen by one process only
 
 
+@pytest.mark.slow
 def test_rank_0_of_a_host_comes_first_in_every_block(found):
     """And in a second group of the same processes; none is left when its block ends."""
     for processes in (2, 3):
@@ -117,10 +121,12 @@ def test_rank_0_of_a_host_comes_first_in_every_block(found):
             assert part["blocks"] == ["0", "1", "2"] and part["groups"] == 3 and part["left"]
 
 
+@pytest.mark.slow
 def test_whole_batches_are_augmented_after_the_training(found):
     assert {part["layer"]["augmented"] for parts in found.values() for part in parts} == {5}
 
 
+@pytest.mark.slow
 def test_two_processes_become_as_accurate_as_one(found):
     one, two = (found[number][0]["accuracies"] for number in (1, 2))
     assert statistics.mean(two) == pytest.approx(statistics.mean(one), abs=0.03)
@@ -138,6 +144,7 @@ def whole(tmp_path_factory, digits) -> Path:
     return once(tmp_path_factory, "whole", make) / "runs" / "run"
 
 
+@pytest.mark.slow
 def test_killed_processes_are_started_again_and_the_run_resumes(whole, tmp_path):
     """One is killed in training, in validation, and while it saves a checkpoint."""
     process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path, launcher=("--standalone", "--max-restarts", 3))
@@ -153,6 +160,7 @@ def test_killed_processes_are_started_again_and_the_run_resumes(whole, tmp_path)
     assert not list(run.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_another_number_can_resume(digits, tmp_path):
     process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path)
     output = finish(process)
@@ -216,6 +224,7 @@ cli.run(main, distributed=True)
     assert "KeyboardInterrupt" not in output, output
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_resume_the_run_of_another_launch(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "runs/run")
     launcher = ("--standalone", "--max-restarts", 1)
@@ -321,6 +330,7 @@ def start_on(hosts, folder: Path, *options) -> list[subprocess.Popen]:
     return started
 
 
+@pytest.mark.slow
 def test_two_hosts_train_as_two_processes_of_one(hosts, whole, tmp_path):
     outputs = [finish(process) for process in start_on(hosts, tmp_path)]
     first, second = (tmp_path / host / "runs/run" for host in hosts)
@@ -328,8 +338,9 @@ def test_two_hosts_train_as_two_processes_of_one(hosts, whole, tmp_path):
     assert not second.exists()  # only rank 0 writes
 
 
+@pytest.mark.slow
 def test_hosts_that_lose_each_other_end_after_the_timeout(hosts, tmp_path):
-    processes = start_on(hosts, tmp_path, "--timeout", 5, "--epochs", 99, "--peak_epoch", 1)
+    processes = start_on(hosts, tmp_path, "--timeout", 30, "--epochs", 999, "--peak_epoch", 1)
     saved = tmp_path / hosts[0] / "runs/run/checkpoints/epoch-00001.safetensors"
     while not saved.exists():
         assert all(process.poll() is None for process in processes)
