@@ -21,7 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["cifar10.data", "cifar10.training", "cifar10.runs", "cifar10.interpretation", "torch.distributed.run"]
+    ["cifar10.data", "cifar10.training", "cifar10.runs", "cifar10.interpretation", "torch.distributed.launcher.api"]
 )
 FORK = multiprocessing.get_context("fork")
 

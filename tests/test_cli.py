@@ -1,5 +1,6 @@
 """What all scripts have in common: options, errors in one sentence, exit statuses."""
 
+import re
 import signal
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import predict
 from cifar10 import cli
 from cifar10.cli import YesNo, parse
 from cifar10.errors import UserError
+from cifar10.runs.run import Run
 
 
 def example(
@@ -99,6 +101,30 @@ def test_exit_statuses(error, status, says, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
     assert ended.value.code == status and capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("Connection closed by peer")])
+def test_a_signal_while_the_program_is_ending_changes_nothing(error, tmp_path, capsys, monkeypatch):
+    """torchrun sends one to a process that has just noticed the loss of another: it still says how to resume."""
+    run = Run.__new__(Run)
+    run.path = tmp_path
+
+    def main():
+        with run.lock():
+            raise error
+
+    def interrupted(function):
+        return lambda *args: signal.raise_signal(signal.SIGTERM) or function(*args)
+
+    monkeypatch.setattr("sys.argv", ["script"])
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **kwargs: None, raising=False)
+    monkeypatch.setattr("cifar10.runs.run.is_lost", lambda reason: True)
+    monkeypatch.setattr(run, "resume_command", interrupted(lambda: "this"))
+    monkeypatch.setattr(cli, "fail", interrupted(cli.fail))
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    assert re.fullmatch(r"\nstopped by (Ctrl-C|a lost connection to .*); resume with: this\n", capsys.readouterr().err)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # of the tests
 
 
 @pytest.mark.parametrize("error", [UserError("wrong"), OSError("gone")])

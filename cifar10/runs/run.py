@@ -19,6 +19,7 @@ from fastai.vision.all import Learner, Normalize, default_device, get_model
 from filelock import FileLock, Timeout
 from torch import nn
 
+from cifar10.cli import ignore_signals
 from cifar10.errors import Stopped, UserError, WriteError
 from cifar10.files import LEFTOVERS, load_tensors, remove_leftovers, save_tensors, write_csv, write_json
 from cifar10.hardware import collect_env
@@ -122,6 +123,7 @@ class Run:
         try:
             yield
         except (KeyboardInterrupt, BrokenPipeError) as stopped:
+            ignore_signals()
             default = "a closed pipe" if isinstance(stopped, BrokenPipeError) else "Ctrl-C"
             raise Stopped(getattr(stopped, "by", default), f"; resume with: {self.resume_command()}") from None
         except WriteError as full:
@@ -129,6 +131,7 @@ class Run:
         except RuntimeError as reason:
             if not is_lost(reason):
                 raise
+            ignore_signals()
             raise Stopped(LOST, f"; resume with: {self.resume_command()}") from None
         except OSError as reason:
             raise UserError(f"{reason}; fix this, then resume with: {self.resume_command()}") from reason
