@@ -43,13 +43,6 @@ def stop(number: int, frame):
     raise Stopped(signal.Signals(number).name)
 
 
-def ignore_signals():
-    """Ignore the signals that `stop` handles: the program is ending already, and torchrun may send one right now."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) is stop:
-            signal.signal(number, signal.SIG_IGN)
-
-
 class YesNo(BooleanOptionalAction):
     """`--flip` and `--no-flip`. fastcore also passes the type, which argparse no longer takes from Python 3.14 on."""
 
@@ -153,7 +146,6 @@ def run(main: Callable, schema: Callable | None = None, distributed: bool = Fals
         except BrokenPipeError:
             fail("stopped by a closed pipe", STATUS["a closed pipe"])
         except KeyboardInterrupt as stopped:
-            ignore_signals()
             by, hint = getattr(stopped, "by", "Ctrl-C"), getattr(stopped, "hint", "")
             fail(f"\nstopped by {by}{hint}", STATUS.get(by, 1))
         except (UserError, OSError) as reason:

@@ -104,7 +104,10 @@ def test_many_at_once(run):
         client = Client(address, verbose=False, httpx_kwargs=dict(timeout=900))
         return client.predict(file, 3, "layer2", "ring", 0.5, api_name="/explain")
 
-    with serving(ROOT / "app.py", run, cwd=run) as address, ThreadPoolExecutor(20) as pool:  # Grad-CAM hooks into the model
+    with (
+        serving(ROOT / "app.py", run, cwd=run) as address,
+        ThreadPoolExecutor(20) as pool,
+    ):  # Grad-CAM hooks into the model
         probabilities, images = zip(*(job.result() for job in [pool.submit(visit, address) for _ in range(20)]))
     assert all(answer == probabilities[0] for answer in probabilities)
     assert {entry["label"] for entry in probabilities[0]["confidences"]} == {"cross", "ring", "bar"}

@@ -10,7 +10,17 @@ import predict
 from cifar10 import cli
 from cifar10.cli import YesNo, parse
 from cifar10.errors import UserError
+from cifar10.processes import SIGNALS
 from cifar10.runs.run import Run
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A program that ends ignores signals; the tests go on."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def example(
@@ -119,12 +129,13 @@ def test_a_signal_while_the_program_is_ending_changes_nothing(error, tmp_path, c
     monkeypatch.setattr("sys.argv", ["script"])
     monkeypatch.setattr("sys.stdout.reconfigure", lambda **kwargs: None, raising=False)
     monkeypatch.setattr("cifar10.runs.run.is_lost", lambda reason: True)
+    monkeypatch.setattr("cifar10.runs.run.is_distributed", lambda: True)
     monkeypatch.setattr(run, "resume_command", interrupted(lambda: "this"))
     monkeypatch.setattr(cli, "fail", interrupted(cli.fail))
     with pytest.raises(SystemExit):
         cli.run(main)
     assert re.fullmatch(r"\nstopped by (Ctrl-C|a lost connection to .*); resume with: this\n", capsys.readouterr().err)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # of the tests
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # that of the tests
 
 
 @pytest.mark.parametrize("error", [UserError("wrong"), OSError("gone")])

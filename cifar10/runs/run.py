@@ -19,11 +19,20 @@ from fastai.vision.all import Learner, Normalize, default_device, get_model
 from filelock import FileLock, Timeout
 from torch import nn
 
-from cifar10.cli import ignore_signals
 from cifar10.errors import Stopped, UserError, WriteError
 from cifar10.files import LEFTOVERS, load_tensors, remove_leftovers, save_tensors, write_csv, write_json
 from cifar10.hardware import collect_env
-from cifar10.processes import LOST, from_rank0, host_count, is_distributed, is_lost, launch_command, launch_id, on_rank0
+from cifar10.processes import (
+    LOST,
+    from_rank0,
+    host_count,
+    ignore_signals,
+    is_distributed,
+    is_lost,
+    launch_command,
+    launch_id,
+    on_rank0,
+)
 from cifar10.training.options import Options
 from cifar10.training.recipes import Recipe
 
@@ -123,7 +132,8 @@ class Run:
         try:
             yield
         except (KeyboardInterrupt, BrokenPipeError) as stopped:
-            ignore_signals()
+            if is_distributed():
+                ignore_signals()
             default = "a closed pipe" if isinstance(stopped, BrokenPipeError) else "Ctrl-C"
             raise Stopped(getattr(stopped, "by", default), f"; resume with: {self.resume_command()}") from None
         except WriteError as full:

@@ -29,7 +29,14 @@ LOST = "stopped by a lost connection to another process"
 
 
 def torchrun(
-    script: str | Path, *arguments, cwd: Path, processes=2, launcher=("--standalone",), before=(), python=None, **variables
+    script: str | Path,
+    *arguments,
+    cwd: Path,
+    processes=2,
+    launcher=("--standalone",),
+    before=(),
+    python=None,
+    **variables,
 ):
     """Run a script of ours in several processes; stderr goes to stdout."""
     python = python or warm_python()
