@@ -113,6 +113,7 @@ def write_space(classifier: ImageClassifier, weights: Path, folder: Path):
 
 def main(
     run: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,  # folder of a finished run (default: app.py's)
+    host: str | None = None,  # address to listen on; 0.0.0.0 in a container (default: this computer's only)
     port: int | None = None,  # port to listen on (default: the first free one from 7860)
     share: bool = False,  # also make a public link through Gradio's servers
     space: str | None = None,  # folder to write for a Hugging Face Space, instead of serving the page
@@ -120,8 +121,8 @@ def main(
     "Serve a finished run as a web page on this computer."
     if port is not None and not 0 < port < 65536:
         raise UserError(f"port is {port}; it must be from 1 to 65535")
-    if space and (port or share):
-        raise UserError("--space writes a folder and serves no page; leave out --port and --share")
+    if space and (host or port or share):
+        raise UserError("--space writes a folder and serves no page; leave out --host, --port and --share")
     path = Path(run) if run else HERE
     weights = path / WEIGHTS if path.is_dir() else path
     classifier = ImageClassifier.load(path, ResNet)
@@ -129,7 +130,8 @@ def main(
         return write_space(classifier, weights, Path(space))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = build(classifier, weights.parent)
-    address = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
+    everywhere = "0.0.0.0" if os.environ.get("SPACE_ID") else None
+    address = host or os.environ.get("GRADIO_SERVER_NAME") or everywhere or "127.0.0.1"
     images = [str(weights.parent.resolve() / name) for name in ("examples", "misclassified", "misclassified.png")]
     _, url, shared = page.launch(
         server_name=address, server_port=port, share=share, allowed_paths=images, css=STYLE, quiet=True,

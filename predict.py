@@ -32,7 +32,10 @@ def find_files(images: list[str]) -> list[Path]:
     for name in images:
         if name == "-":
             sys.stdin.reconfigure(errors="surrogateescape")
-            files += [Path(line) for line in sys.stdin.read().splitlines() if line]
+            listed = sys.stdin.read()
+            if "\0" in listed:
+                raise UserError("the standard input holds no list of files, a name in each line; name the image itself")
+            files += [Path(line) for line in listed.splitlines() if line]
         elif Path(name).is_dir():
             found = list(list_images(Path(name), Counter()))
             if not found:

@@ -158,3 +158,28 @@ def test_without_gradio(run, monkeypatch, tmp_path):
     assert done.returncode == 2 and "leave out --port and --share" in done.stderr and not (tmp_path / "space").exists()
     done = command("app.py", cwd=tmp_path)
     assert done.returncode == 2 and f"{app.HERE} is neither the folder of a finished run nor" in done.stderr
+
+
+@pytest.mark.parametrize("host, variables, address", [
+    (None, {}, "127.0.0.1"),
+    (None, {"GRADIO_SERVER_NAME": "0.0.0.0"}, "0.0.0.0"),
+    ("10.0.0.1", {"GRADIO_SERVER_NAME": "0.0.0.0"}, "10.0.0.1"),
+    (None, {"SPACE_ID": "me/shapes"}, "0.0.0.0"),
+])  # fmt: skip
+def test_where_the_page_can_be_reached(run, monkeypatch, host, variables, address):
+    class Page:
+        def launch(self, server_name, **_):
+            found.append(server_name)
+            return None, "http://somewhere", None
+
+        def block_thread(self):
+            pass
+
+    found = []
+    for name in ("GRADIO_SERVER_NAME", "SPACE_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(app, "build", lambda *_: Page())
+    app.main(str(run), host=host)
+    assert found == [address]

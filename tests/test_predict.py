@@ -22,7 +22,7 @@ from cifar10.interpretation.predictions import Interpretation, tta_preds
 from cifar10.runs.run import Run
 from cifar10.training.learner import build_learner as package_learner
 from model import ResNet
-from predict import Classifier
+from predict import Classifier, find_files
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +194,13 @@ def test_their_accuracy_is_the_one_that_is_stated(cifar10_path, tmp_path):
     assert found == pytest.approx(stated, abs=5e-4)
     assert f"{stated:.2%}" in (ROOT / "docs/usage.md").read_text()
     assert "accuracy of the assignment's notebook" in (tmp_path / "best/report.html").read_text()
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_an_image_in_place_of_a_list_is_an_error_in_one_sentence(monkeypatch, format):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(file, format)
+    file.seek(0)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+    with pytest.raises(UserError, match="holds no list of files"):
+        find_files(["-"])
