@@ -106,8 +106,12 @@ def caption(interp: Interpretation, names: list[str], row: int, limit: int) -> l
 def title_of_hardest(interp: Interpretation, shown: int) -> str:
     """What the `shown` hardest images are, to be written after "the"."""
     wrong = len(interp.misclassified())
-    if wrong >= shown:
+    if wrong > shown:
         return f"{shown} worst of {wrong:,} misclassified images"
+    if wrong == shown:
+        return f"{wrong} misclassified images"
+    if not wrong:
+        return f"{shown} least certain images, none of them misclassified"
     return f"{wrong} misclassified and {shown - wrong} least certain correct images"
 
 

@@ -88,11 +88,12 @@ def with_wrong(interp, count: int):
 @pytest.mark.parametrize(
     ("wrong", "title", "cam_title"),
     [
-        (0, "The 0 misclassified and 20 least certain correct images (out of 360; green: correct)",
-         "of the 0 misclassified and 10 least certain correct images"),
+        (0, "The 20 least certain images, none of them misclassified (out of 360; green: correct)",
+         "of the 10 least certain images, none of them misclassified"),
         (3, "The 3 misclassified and 17 least certain correct images (out of 360; green: correct)",
          "of the 3 misclassified and 7 least certain correct images"),
-        (20, "The 20 worst of 20 misclassified images (out of 360)", "of the 10 worst of 20 misclassified images"),
+        (20, "The 20 misclassified images (out of 360)", "of the 10 worst of 20 misclassified images"),
+        (21, "The 20 worst of 21 misclassified images (out of 360)", "of the 10 worst of 21 misclassified images"),
     ],
 )  # fmt: skip
 def test_correct_images_fill_up_the_plots(interp, wrong, title, cam_title):
