@@ -49,7 +49,7 @@ def runs_of(folder: str) -> list[dict]:
 
 
 def petaflops(metrics: dict) -> float:
-    """PFLOP of a training; older runs counted images only."""
+    """PFLOP of a training run; older runs counted images only."""
     images = metrics["images_per_second"] * metrics["seconds_training"] if "pflop" not in metrics else 0
     return metrics["pflop"] if "pflop" in metrics else images * read_json("speed.json")["flops_per_image"] / 1e15
 
