@@ -1,7 +1,8 @@
 """Train the hand-written ResNet and show what it learned: `python train.py --help` lists the options.
 
-DataLoaders with three transforms → ResNet → Learner → LR finder → one cycle → run folder with plots. In a REPL,
-`from train import *` gives `learn = get_learner(get_dls())`, and then `learn.lr_find()` and all the rest of fastai.
+The assignment: DataLoaders with three transforms → ResNet → Learner → LR finder → one cycle of 24 epochs, with its peak
+at epoch 5 → plots. What it leaves open is chosen in cifar10/training/recipes.py. In a REPL: `from train import *`, then
+`learn = get_learner(get_dls())`, `learn.lr_find()` and the rest of fastai.
 """
 
 import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
@@ -47,7 +48,7 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
 
 
 def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64, precision="auto", **kw) -> Learner:
-    """A Learner that trains the ResNet on `dls`, as the recipe says; `kw` are other arguments of fastai's Learner."""
+    """A Learner that trains the ResNet on `dls`, as the recipe says; `kw` is passed on to fastai's Learner."""
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
     if recipe.init == "dirac":
@@ -58,7 +59,7 @@ def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64
 
 
 def choose_lrs(learn: Learner, recipe: Recipe, folder: Path | None = None) -> Recipe:
-    """The recipe with its learning rates, or with those of the LR finder, whose curve is saved in the folder."""
+    """The recipe with its learning rates filled in: its own, or the LR finder's, whose curve is saved in `folder`."""
     if recipe.lr_max is not None:
         return replace(recipe, lr_min=recipe.lr_min or recipe.lr_max / 100)
     curve = find_lrs(learn)
@@ -69,14 +70,14 @@ def choose_lrs(learn: Learner, recipe: Recipe, folder: Path | None = None) -> Re
 
 
 def fit(learn: Learner, recipe: Recipe, cbs=(), start_epoch: int = 0):
-    """One cycle from `lr_min` up to `lr_max` and back: as assigned, 24 epochs with the peak at epoch 5."""
+    """One cycle from `lr_min` up to `lr_max` and back; in the assignment, 24 epochs with the peak at epoch 5."""
     div = recipe.lr_max / recipe.lr_min
     learn.fit_one_cycle(
-        recipe.epochs,  # 24
+        recipe.epochs,  # assigned: 24
         recipe.lr_max,
         div=div,
-        div_final=1e5 if recipe.annihilate else div,  # without annihilation, it ends where it began
-        pct_start=recipe.peak_epoch / recipe.epochs,  # 5 / 24
+        div_final=1e5 if recipe.annihilate else div,  # assigned: no annihilation, so it ends at lr_min
+        pct_start=recipe.peak_epoch / recipe.epochs,  # assigned: 5 / 24
         anneal_strategy=recipe.anneal_strategy,
         cbs=[*cbs, *([ValidateLast()] if recipe.validate == "last" else [])],
         start_epoch=start_epoch,
@@ -84,16 +85,14 @@ def fit(learn: Learner, recipe: Recipe, cbs=(), start_epoch: int = 0):
 
 
 def main(**typed):
-    """Train or resume; `typed` are the options that were typed, by name (see `Options`)."""
-    with Session.start(typed) as session:  # joins the processes; opens the run if it is resumed
+    """Train or resume. `typed`: the options given on the command line, by name (see `Options`)."""
+    with Session.start(typed) as session:  # joins the processes; opens the run when resuming
         if session.is_finished:
             return
         options, images = session.options, session.open_images()
         dls = get_dls(images, session.recipe, options.valid, options.device)
         learn = get_learner(dls, session.recipe, options.norm, options.width, options.precision)
-        run = session.open_run(
-            learn
-        )  # makes the folder, or checks it; from here on, an interruption says how to resume
+        run = session.open_run(learn)  # from here on, an interrupted run prints how to resume
         if not session.checkpoint:
             session.set_lrs(choose_lrs(learn, session.recipe, run.path))
         print(f"One cycle: {session.recipe.describe_cycle()}, {learn.precision}")

@@ -1,4 +1,4 @@
-"""Several processes: joining, rank 0, one answer for all. In a single process, all of this does nothing.
+"""Running as several processes: joining them, and rank 0 acting or deciding for all. No effect in a single process.
 
 Rank 0 is the process that prints and writes. The first process of each host has the local rank 0.
 """
@@ -24,15 +24,15 @@ from cifar10.errors import UserError
 
 T = TypeVar("T")
 LOST = "a lost connection to another process"
-PATIENCE = timedelta(days=1)  # for what one process does for all, like decoding all images
+PATIENCE = timedelta(days=1)  # how long to wait while one process works for all, like decoding the images
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-NUMBERS = count()  # of the groups that this process has joined
-store: dist.Store | None = None  # of the group that this process has joined
-patient: dist.ProcessGroup | None = None  # the same processes, which wait longer for each other
+NUMBERS = count()  # one for each group that this process joins
+store: dist.Store | None = None  # of the current group
+patient: dist.ProcessGroup | None = None  # the same processes, with a longer timeout
 
 
 def is_distributed() -> bool:
-    """Whether torchrun started this process beside others."""
+    """Whether torchrun started several processes."""
     return num_distrib() > 1
 
 
@@ -64,7 +64,7 @@ def from_rank0(function: Callable[..., T]) -> Callable[..., T]:
 
 @contextmanager
 def process_group(device: str, timeout: float) -> Iterator[None]:
-    """Join the other processes for the block, if torchrun started several, and take this process's own GPU.
+    """Join the other processes for the block, if torchrun started several, and give each process its own GPU.
 
     `timeout` is in seconds; after it, a process that is frozen or cut off counts as lost. One that ends is noticed at
     once. Raises `UserError` if one is lost. Only rank 0 prints in the block.
@@ -83,7 +83,7 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
         raise UserError("several processes can't share an Apple GPU; use one process, or --device cpu")
     limit, backend, rank = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if cuda else "gloo", rank_distrib()
     try:
-        # After a restart, and in a second group, gloo would find the addresses of the processes before.
+        # Otherwise, after a restart or in a second group, gloo would find the addresses of the previous processes.
         name = f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}-{next(NUMBERS)}"
         store = dist.PrefixStore(name, next(dist.rendezvous("env://", timeout=limit))[0])
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=num_distrib())
@@ -93,10 +93,10 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
                 yield
         except BaseException:
             ignore_signals()
-            is_first_to_fail()  # the others must not notice that this process has left before it says why
+            is_first_to_fail()  # claim the failure before the others can notice that this process leaves
             raise
         finally:
-            dist.destroy_process_group()  # or gloo's threads may abort the process at its end
+            dist.destroy_process_group()  # otherwise gloo's threads may abort the process at exit
             patient = None
         store = None
     except RuntimeError as reason:
@@ -106,34 +106,34 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
 
 
 def is_lost(reason: RuntimeError) -> bool:
-    """Whether an exception means that another process ended, or does not answer."""
-    # gloo has no exceptions of its own; its messages begin with the place in its source.
+    """Whether an exception means that another process has exited or stopped responding."""
+    # gloo has no exceptions of its own; its messages start with a path in its source.
     return is_distributed() and (isinstance(reason, dist.DistError) or "gloo/" in str(reason))
 
 
 def ignore_signals():
-    """From now on. torchrun sends one as soon as another process has ended, also to one that is about to say why."""
+    """Ignore stop signals from now on: torchrun sends one when any process exits, even to one about to print why."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def is_first_to_fail() -> bool:
-    """Whether this process is the one to report a failure: the first that fails in its group, as far as is known.
+    """Whether this process should report a failure: it is the first in its group to fail, as far as it can tell.
 
-    While there is no group, it is the first process of each host, because no host can know of the others.
+    Before there is a group, that is each host's first process, because hosts can't see each other.
     """
     if not is_distributed():
         return True
     if store is None:
         leads = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not leads:  # or torchrun would end the first process before it has printed
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which it sends when the first process has ended
+        if not leads:  # exiting now would make torchrun stop the first one before it prints
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # sent once the first process has exited
             time.sleep(60)
         return leads
     return claim_failure(store)
 
 
-@cache  # because the store may end with the process that claimed it
+@cache  # because the store may end with its host
 def claim_failure(store: dist.Store) -> bool:
     answers: list[bytes] = []
 
@@ -141,7 +141,7 @@ def claim_failure(store: dist.Store) -> bool:
         with suppress(RuntimeError):
             answers.append(store.compare_set("failed", "", str(rank_distrib())))
 
-    thread = Thread(target=ask, daemon=True)  # the host of the store may be cut off
+    thread = Thread(target=ask, daemon=True)  # the host of the store may be unreachable
     thread.start()
     thread.join(timeout=5)
     return not answers or answers[0].decode() == str(rank_distrib())
@@ -149,7 +149,7 @@ def claim_failure(store: dist.Store) -> bool:
 
 @contextmanager
 def local_rank0_first() -> Iterator[None]:
-    """In the block, the first process of each host comes before the others, which then find the files it made.
+    """Each host's first process runs the block before the others, so that they find the files it made.
 
     All wait until they are made on every host. If one of them fails, the others notice that it has left.
     """
@@ -166,15 +166,15 @@ def host_count() -> int:
 
 
 def is_restart() -> bool:
-    """Whether torchrun started the processes again, which it does `--max-restarts` times after one of them ended."""
+    """Whether torchrun restarted these processes, which it does up to `--max-restarts` times."""
     counts = [os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")] * num_distrib()
     if is_distributed():
-        dist.all_gather_object(counts, counts[0])  # each host counts for itself
+        dist.all_gather_object(counts, counts[0])  # each host keeps its own count
     return any(count != "0" for count in counts)
 
 
 def launch_command(script: str) -> list[str]:
-    """The words that start a script as this process was started."""
+    """The command that starts a script the way this process was started."""
     if is_distributed():
         processes = os.environ.get("LOCAL_WORLD_SIZE", str(num_distrib()))
         return ["torchrun", "--standalone", "--nproc_per_node", processes, script]
@@ -182,7 +182,7 @@ def launch_command(script: str) -> list[str]:
 
 
 def launch_id() -> str | None:
-    """A name of the torchrun that started this process, the same after a restart; `None` if none did."""
+    """An ID of this torchrun launch, unchanged by restarts; `None` without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return str(os.getppid()) if name == "none" else name
 

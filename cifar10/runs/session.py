@@ -1,4 +1,4 @@
-"""A session: what one start of train.py does, be it a new run, or one that is resumed or restarted."""
+"""A session: one launch of train.py, whether the run is new, resumed or restarted."""
 
 import re
 import time
@@ -31,7 +31,7 @@ from cifar10.training import Options, Recipe, StopAtNaN, TimeEstimate
 
 
 class Session:
-    """One start of train.py, in all processes together.
+    """One launch of train.py, across all its processes.
 
     `options` are those of the run. `recipe` is set by `open_images`, and has learning rates as far as they are known.
     `run` is the run's folder: from the start if it `is_resumed`, from `open_run` on if it is new. `started` is when it
@@ -50,9 +50,9 @@ class Session:
     @classmethod
     @contextmanager
     def start(cls, typed: dict[str, Any]) -> Iterator["Session"]:
-        """Join the processes, and open and lock the run that is resumed; `typed` are the options by name.
+        """Join the processes, and open and lock the run to resume. `typed`: the options given on the command line.
 
-        Raises `UserError` for options that make no sense, or that a run can't be resumed with.
+        Raises `UserError` for invalid options, and for options that can't change on resume.
         """
         options = Options(**typed)
         with process_group(options.device, options.timeout), ExitStack() as resources:
@@ -76,7 +76,7 @@ class Session:
             print(f"{run.path} is finished; there is nothing to resume")
 
     def open_images(self) -> ImageTable:
-        """The images that the options name, decoded once on each host; they decide about the recipe's defaults."""
+        """The images that the options name, decoded once on each host. The recipe's defaults depend on them."""
         options = self.options
         with local_rank0_first():
             images = ImageTable.open(options.data, Reading.of(options), options.valid)
@@ -85,9 +85,9 @@ class Session:
         return images
 
     def open_run(self, learn: Learner) -> Run:
-        """The locked folder of the run, which is made if it is new, and compared with the Learner if it is not.
+        """Create and lock the folder of a new run, or check that a resumed run has the same images.
 
-        Until the session ends, an interruption says how to resume it.
+        If interrupted before the session ends, it prints how to resume.
         """
         options, images = self.options, learn.dls.train.table
         check_same(repr([self.recipe, learn.precision, options.norm, options.width]), "an option or the precision")
@@ -104,7 +104,9 @@ class Session:
         if self.checkpoint:
             self.continue_from_checkpoint(run)
         else:
-            on_rank0(write)(run.path / "summary.txt", f"{learn.summary()}\n")  # all processes: fastai gathers
+            on_rank0(write)(
+                run.path / "summary.txt", f"{learn.summary()}\n"
+            )  # in every process: fastai gathers from all
         learn.add_cb(TimeEstimate(self.recipe, self.start_epoch))
         return run
 
@@ -118,12 +120,12 @@ class Session:
             print(f"Started with {before} and resumed with {now} processes: the result is the same only up to rounding")
 
     def set_lrs(self, recipe: Recipe):
-        """Go on with the recipe whose learning rates are chosen, and note them in the run's config."""
+        """Continue with a recipe whose learning rates are set, and record them in config.json."""
         self.recipe = recipe
         self.run.update(lr_min=recipe.lr_min, lr_max=recipe.lr_max)
 
     def callbacks(self) -> list[Callback]:
-        """What watches and records the training of the run."""
+        """The callbacks that monitor and record training."""
         first_step = 1 + (len(self.checkpoint[0]["losses"]) if self.checkpoint else 0)
         trackers = on_rank0(tracker_callbacks)(self.run, first_step) or []
         return [StopAtNaN(), SaveCheckpoint(self.run, self.started, self.checkpoint), *trackers]
@@ -131,7 +133,7 @@ class Session:
 
 @from_rank0
 def find_restarted(options: Options) -> str | None:
-    """The folder of the run that torchrun started, and now starts again because a process was lost."""
+    """The folder of the run that torchrun is restarting after losing a process, or `None`."""
     path = Path(options.runs_dir, options.name or "")
     if options.name and (path / "config.json").is_file() and Run.open(path).config.get("launch") == launch_id():
         return str(path)
@@ -139,9 +141,9 @@ def find_restarted(options: Options) -> str | None:
 
 
 def tracker_callbacks(run: Run, first_step: int) -> list[Callback]:
-    """The callbacks of the tracker that the run's options name. Raises `UserError` if it is not installed.
+    """The callbacks for the tracker chosen in the run's options. Raises `UserError` if it is not installed.
 
-    `first_step` is the one that is trained next: TensorBoard forgets what was logged from there on.
+    `first_step` is the next step to train; TensorBoard drops anything logged from that step on.
 
     TensorBoard's files are in the run's folder, below tensorboard/. W&B names its run after the folder, and keeps its
     files there, below wandb/; with the environment variable WANDB_MODE=offline, nothing is sent.
@@ -153,13 +155,13 @@ def tracker_callbacks(run: Run, first_step: int) -> list[Callback]:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.path / "tensorboard"
-        SummaryWriter(folder, purge_step=first_step).close()  # which fastai's callback can't be told
+        SummaryWriter(folder, purge_step=first_step).close()  # fastai's callback has no such argument
         return [TensorBoardCallback(folder, trace_model=False, log_preds=False)]
     if tracker == "wandb":
         wandb = import_extra("wandb", "trackers")
         from fastai.callback import wandb as integration
 
-        integration._format_config = lambda config: None  # fails with fastcore 2.2; run.config says more
+        integration._format_config = lambda config: None  # breaks with fastcore 2.2; run.config has more
         name = run.path.name
         key = run.config.get("id") or re.sub(r"[^\w.-]", "-", name)  # older runs have none
         settings = dict(id=key, resume="allow", dir=run.path, config=run.config)

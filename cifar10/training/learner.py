@@ -30,7 +30,7 @@ from cifar10.training.tricks import CountFlop, FreezeLayers, GradientValueClip, 
 class CPUMixedPrecision(MixedPrecision):
     """bfloat16 on the CPU: fastai's own callback autocasts on CUDA only."""
 
-    name = "mixed_precision"  # by which `load_learner` finds and removes it
+    name = "mixed_precision"  # the name that `load_learner` looks for
 
     def __init__(self):
         super().__init__(amp_mode="bf16")
@@ -49,16 +49,16 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
     return [CPUMixedPrecision(), *([Strips()] if torch.cpu.get_capabilities().get("amx_tile") else [])]
 
 
-# Callbacks whose `after_fit` only undoes what they changed for the time of a fit.
+# Callbacks whose `after_fit` only undoes what they changed for the duration of a fit.
 TEMPORARY = (ProgressCallback, MixedPrecision, HookCallback, FreezeLayers, Strips, Distributed)
 
 
 class Learner(learner.Learner):
-    """fastai's Learner, but an exception, also Ctrl-C, leaves nothing behind that would change the next fit.
+    """fastai's Learner, but after an exception, including Ctrl-C, nothing carries over that would change the next fit.
 
-    The weights, the momentum and the hyperparameters stay where training stopped; an LR finder restores them as always.
+    Only weights, momentum and hyperparameters stay where training stopped; an LR finder restores them as usual.
     The parameters in `fixed` are never trained, not even after `unfreeze`.
-    An event reaches only those callbacks that handle it, because asking all of them takes more time.
+    Events go only to the callbacks that handle them; calling all of them would be slower.
     """
 
     fixed: Collection[nn.Parameter] = ()
@@ -90,15 +90,15 @@ class Learner(learner.Learner):
                 for cb in self.cbs:
                     if isinstance(cb, TEMPORARY):
                         cb.after_fit()
-                self.loss_func = loss_func  # which MixUp replaces
+                self.loss_func = loss_func  # MixUp replaces it
                 self.model.zero_grad()
                 raise
             finally:
-                self.logger = logger  # CSVLogger leaves the progress bar's
+                self.logger = logger  # CSVLogger leaves the logger of the progress bar in place
 
     def fit_one_cycle(self, n_epoch, lr_max=None, div=25.0, div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None,
                       anneal_strategy: str = "cos", **kwargs):  # fmt: skip
-        """fastai's cycle; with `anneal_strategy="linear"`, learning rate and momentum change along straight lines."""
+        """fastai's cycle; with `anneal_strategy="linear"`, learning rate and momentum change linearly."""
         if anneal_strategy == "cos":
             return super().fit_one_cycle(n_epoch, lr_max, div, div_final, pct_start, wd, moms, cbs, **kwargs)
         if anneal_strategy != "linear":
@@ -138,8 +138,8 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
                 **kwargs) -> Learner:  # fmt: skip
     """A fastai Learner that trains `model` on `dls` with cross-entropy, as `recipe` says.
 
-    `precision` is "auto" (the fastest), "fp32", "bf16" or "fp16". Raises `UserError` if the device does not have it.
-    `kwargs` are arguments of fastai's Learner, like `path` or `splitter`; they replace what the recipe says.
+    `precision` is "auto" (the fastest), "fp32", "bf16" or "fp16". Raises `UserError` if the device does not support it.
+    `kwargs` are arguments of fastai's Learner, like `path` or `splitter`; they override the recipe.
     """
     device = torch.device(dls.device)  # `dls.to("cpu")` makes it a string
     precision = resolve_precision(precision, device)
@@ -147,7 +147,7 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
     for norm in norms:
         norm.weight.requires_grad_(recipe.train_norm_scales)
     optimizer = partial(
-        Muon, lr=kwargs.get("lr", recipe.lr_max or 0.1),  # of a fit that names none; fastai's is for Adam
+        Muon, lr=kwargs.get("lr", recipe.lr_max or 0.1),  # used when `fit` gets none; fastai's default is for Adam
         momentum=recipe.momentum, weight_decay=recipe.weight_decay, use_muon=recipe.optimizer == "muon",
         lr_scale=recipe.muon_lr_scale, ns_steps=recipe.ns_steps,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
@@ -159,7 +159,7 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
         opt_func=optimizer,
         metrics=accuracy,
-        moms=(recipe.momentum,) * 3,  # the assignment cycles the learning rate only
+        moms=(recipe.momentum,) * 3,  # the assignment cycles only the learning rate
         default_cbs=False,
         cbs=[
             *(TrainEvalCallback(), EpochRecorder(), learner.CastToTensor(), Progress()),
