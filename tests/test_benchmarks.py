@@ -211,6 +211,7 @@ def test_seeds_on_the_command_line(tmp_path):
     assert done.returncode == 2 and "must be a recipe's fields in JSON" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, monkeypatch):
     """From its first step to its last, so that it doesn't fail on a GPU that is at hand for minutes only."""
     modes, out = [], tmp_path / "gpu.json"

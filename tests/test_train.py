@@ -186,6 +186,7 @@ def test_a_loss_that_blows_up(shapes, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_readmes_repl_lines(tmp_path):
     (lines,) = re.findall(r"```python\n(from fastai.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert "width=16" in lines
@@ -202,6 +203,7 @@ def test_the_readmes_repl_lines(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_does_not_change_a_resumed_run(shapes, tmp_path):
     """Stopped after its first epoch; then recipes.py is edited, and the run still ends as it would have."""
     quick = ("--data", shapes, "--recipe", "fast", "--epochs", 2, "--width", 4, "--batch_size", 24)
