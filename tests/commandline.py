@@ -107,7 +107,7 @@ def serve(listener: socket.socket):
 
 
 def watch(connection: socket.socket, listener: socket.socket):
-    """Run what a client asks for and tell it the status; kill it if the client is gone."""
+    """Run what a client asks for and tell it the status; kill it if the client is gone, or the tests are."""
     listener.close()
     _, descriptors, *_ = socket.recv_fds(connection, 1, 100)
     about = json.loads(connection.makefile().readline())
@@ -116,7 +116,8 @@ def watch(connection: socket.socket, listener: socket.socket):
     for descriptor in descriptors:
         os.close(descriptor)
     connection.sendall(f"{process.pid}\n".encode())
-    if process.sentinel in wait([process.sentinel, connection]):
+    server = multiprocessing.parent_process().sentinel  # which ends with the tests
+    if process.sentinel in wait([process.sentinel, connection, server]):
         process.join()
         connection.sendall(f"{process.exitcode}\n".encode())
     else:
