@@ -1,6 +1,7 @@
 """Fixtures: a fastai home of the tests' own, the digits, a tiny image folder, and CIFAR-10 where it is at hand."""
 
 import os
+import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +31,20 @@ from fastai.vision.all import Learner, set_seed  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from cifar10.interpretation.predictions import Interpretation  # noqa: E402
+from cifar10.processes import SIGNALS  # noqa: E402
 from cifar10.training.learner import build_learner  # noqa: E402
 from cifar10.training.recipes import ASSIGNMENT  # noqa: E402
 from model import ResNet, split_by_depth  # noqa: E402
 from train import get_dls, get_learner  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A program that ends ignores signals; the tests and what they start go on."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -10,17 +10,7 @@ import predict
 from cifar10 import cli
 from cifar10.cli import YesNo, parse
 from cifar10.errors import UserError
-from cifar10.processes import SIGNALS
 from cifar10.runs.run import Run
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A program that ends ignores signals; the tests go on."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def example(

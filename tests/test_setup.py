@@ -35,7 +35,7 @@ def test_everything_is_pinned_and_installed():
 
 def test_whatever_is_imported_is_required():
     """Packages that come along with another one are named, too, if the code imports them."""
-    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow", "markdown_it": "markdown-it-py"}
     paths = [*ROOT.glob("*.py"), *(ROOT / "cifar10").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
