@@ -31,14 +31,22 @@ CIFAR10_SHA256 = "2ebad64464aa84e29315dc092b00cf79fb98223a601e0112bf2a17411e9908
 PLOTS = {  # file → what draws it from the predictions (the others are drawn in training), its title, its caption
     "lr_find": (None, "LR finder", "Loss while the learning rate rises, and the learning rates chosen from it."),
     "curves": (None, "Training", "Loss and accuracy after each epoch, and the learning rate of each step."),
-    "confusion_matrix": (plots.plot_confusion, "Confusion matrix", "How often each class is taken for each other."),
+    "confusion_matrix": (
+        plots.plot_confusion,
+        "Confusion matrix",
+        "How often each actual class (row) is predicted as each class (column).",
+    ),
     "misclassified": (plots.plot_misclassified, "Hardest images", "The worst mistakes, then the least certain images."),
     "gradcam": (
         plots.plot_grad_cam,
         "Grad-CAM",
         "The evidence for the predicted and the actual class.",
     ),
-    "calibration": (plots.plot_calibration, "Calibration", "Accuracy at each probability, and how many there are."),
+    "calibration": (
+        plots.plot_calibration,
+        "Calibration",
+        "Accuracy at each probability, and how many images have it.",
+    ),
 }
 STYLE = """
 :root { color-scheme: light dark; --line: light-dark(#ddd, #444); --soft: light-dark(#666, #aaa); }
