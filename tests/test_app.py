@@ -155,7 +155,11 @@ def test_without_gradio(run, monkeypatch, tmp_path):
     done = command("app.py", run, "--port", 99999, cwd=tmp_path)
     assert done.returncode == 2 and "port is 99999; it must be from 1 to 65535" in done.stderr
     done = command("app.py", run, "--space", "space", "--share", cwd=tmp_path)
-    assert done.returncode == 2 and "leave out --port and --share" in done.stderr and not (tmp_path / "space").exists()
+    assert (
+        done.returncode == 2
+        and "leave out --host, --port and --share" in done.stderr
+        and not (tmp_path / "space").exists()
+    )
     done = command("app.py", cwd=tmp_path)
     assert done.returncode == 2 and f"{app.HERE} is neither the folder of a finished run nor" in done.stderr
 

@@ -335,7 +335,7 @@ def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     assert {key: run[key] for key in other} == other and (tmp_path / "elsewhere/report.html").is_file()
     (flat / "ring/broken.png").write_text("no image")
     done = command("interpret.py", "runs/run", "--data", flat, "--skip_broken", cwd=tmp_path)
-    assert "of 10 train held-out images correct" in done.stdout, done.stderr
+    assert "of 10 held-out images correct" in done.stdout, done.stderr
     Image.new("RGB", (32, 32), "red").save(flat / "ring/more.png")
     done = command("interpret.py", "runs/run", "--out", "third", "--skip_broken", cwd=tmp_path)
     assert done.returncode == 2 and "are not those of runs/run; give --data another path" in done.stderr

@@ -240,8 +240,8 @@ def write_report(learn: Learner, run: Run, folder: Path, images: str, tta: bool 
     write(folder / "report.md", "\n\n".join(blocks) + "\n")
     write(folder / "report.html", as_page("\n\n".join([*blocks, *about]), folder))
     with_tta = f", {metrics['tta_accuracy']:.2%} with test-time augmentation" if tta else ""
-    name, which = (run.config["data"]["name"], "images") if own else (run.path, images)
-    correct = f"{metrics['accuracy']:.2%} of {metrics['images']:,} {which} correct"
+    name = run.config["data"]["name"] if own else str(run.path)
+    correct = f"{metrics['accuracy']:.2%} of {metrics['images']:,} {images.removeprefix(f'{name} ')} correct"
     print(f"{name}: {correct}{with_tta}. {baseline(metrics)} See {folder / 'report.html'}")
     return metrics
 
