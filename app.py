@@ -1,18 +1,42 @@
 """A finished run as a web page: `python app.py RUN`. `--space DIR` writes a folder for a Hugging Face Space instead."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifar10 import cli
+from cifar10.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve a finished run as a web page on this computer."""
+
+    run: Annotated[str | None, {"opt": False, "nargs": "?"}, "folder of a finished run (default: app.py's)"] = None
+    host: Annotated[str | None, "address to listen on; 0.0.0.0 in a container (default: this computer's only)"] = None
+    port: Annotated[int | None, "port to listen on (default: the first free one from 7860)"] = None
+    share: Annotated[bool, "also make a public link through Gradio's servers"] = False
+    space: Annotated[str | None, "folder to write for a Hugging Face Space, instead of serving the page"] = None
+
+    def __post_init__(self):
+        if self.port is not None and not 0 < self.port < 65536:
+            raise UserError(f"port is {self.port}; it must be from 1 to 65535")
+        if self.space and (self.host or self.port or self.share):
+            raise UserError("--space writes a folder and serves no page; leave out --host, --port and --share")
+
+
+if __name__ == "__main__":
+    typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
+
 import os
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 from uuid import uuid4
 
 import torch
 from PIL import ExifTags, Image
 
-from cifar10 import cli
 from cifar10.cli import import_extra
-from cifar10.errors import UserError
 from cifar10.files import write
 from cifar10.interpretation import GRADCAM_LAYERS, ImageClassifier, overlay
 from cifar10.runs import WEIGHTS
@@ -111,30 +135,21 @@ def write_space(classifier: ImageClassifier, weights: Path, folder: Path):
     print(f"{folder} is ready; upload it to a Space, or try it with: cd {folder} && python app.py")
 
 
-def main(
-    run: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,  # folder of a finished run (default: app.py's)
-    host: str | None = None,  # address to listen on; 0.0.0.0 in a container (default: this computer's only)
-    port: int | None = None,  # port to listen on (default: the first free one from 7860)
-    share: bool = False,  # also make a public link through Gradio's servers
-    space: str | None = None,  # folder to write for a Hugging Face Space, instead of serving the page
-):
-    "Serve a finished run as a web page on this computer."
-    if port is not None and not 0 < port < 65536:
-        raise UserError(f"port is {port}; it must be from 1 to 65535")
-    if space and (host or port or share):
-        raise UserError("--space writes a folder and serves no page; leave out --host, --port and --share")
-    path = Path(run) if run else HERE
+def main(**typed):
+    """Serve the page. `typed`: the options given on the command line, by name (see `Options`)."""
+    options = Options(**typed)
+    path = Path(options.run) if options.run else HERE
     weights = path / WEIGHTS if path.is_dir() else path
     classifier = ImageClassifier.load(path, ResNet)
-    if space:
-        return write_space(classifier, weights, Path(space))
+    if options.space:
+        return write_space(classifier, weights, Path(options.space))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = build(classifier, weights.parent)
     everywhere = "0.0.0.0" if os.environ.get("SPACE_ID") else None
-    address = host or os.environ.get("GRADIO_SERVER_NAME") or everywhere or "127.0.0.1"
+    address = options.host or os.environ.get("GRADIO_SERVER_NAME") or everywhere or "127.0.0.1"
     images = [str(weights.parent.resolve() / name) for name in ("examples", "misclassified", "misclassified.png")]
     _, url, shared = page.launch(
-        server_name=address, server_port=port, share=share, allowed_paths=images, css=STYLE, quiet=True,
+        server_name=address, server_port=options.port, share=options.share, allowed_paths=images, css=STYLE, quiet=True,
         prevent_thread_lock=True,
     )  # fmt: skip
     print(f"The page is at {shared or url}; stop it with Ctrl-C", flush=True)
@@ -142,4 +157,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, typed)

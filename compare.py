@@ -4,18 +4,33 @@ Runs of the same recipe, data and options but the seed are one row, with mean an
 test split are drawn beside the assignment's notebook.
 """
 
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifar10 import cli
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare finished runs: a table with mean and standard deviation over seeds, and the curves in one plot."""
+
+    runs: Annotated[list[str], {"nargs": "+", "type": str}, "folders of finished runs"]
+    out: Annotated[cli.OutputFile, "PNG file for the curves"] = "compare.png"
+
+
+if __name__ == "__main__":
+    typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
+
 import json
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated
 
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from cifar10 import cli
 from cifar10.errors import UserError
-from cifar10.files import OutputFile, read_csv, save_figure
+from cifar10.files import read_csv, save_figure
 from cifar10.interpretation import markdown_table, shorten_middle
 
 LOG = Path(__file__).parent / "results/notebook/log.csv"
@@ -91,17 +106,15 @@ def plot(drawn: list[tuple[str, pd.DataFrame]]):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-def main(
-    runs: Annotated[str, {"nargs": "+"}],  # folders of finished runs
-    out: OutputFile = "compare.png",  # PNG file for the curves
-):
-    "Compare finished runs: a table with mean and standard deviation over seeds, and the curves in one plot."
-    loaded = [load(folder) for folder in dict.fromkeys(str(Path(folder)) for folder in runs)]
+def main(**typed):
+    """Print the table and draw the curves. `typed`: the options given on the command line, by name (see `Options`)."""
+    options = Options(**typed)
+    loaded = [load(folder) for folder in dict.fromkeys(str(Path(folder)) for folder in options.runs)]
     print(table(loaded))
     plot(curves(loaded))
-    save_figure(Path(out))
-    print(f"The curves are in {out}")
+    save_figure(Path(options.out))
+    print(f"The curves are in {options.out}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, typed)

@@ -4,6 +4,29 @@ Both take uint8 images `(N, 3, size, size)`, any number at a time, and return pr
 names are in the metadata.
 """
 
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifar10 import cli
+from cifar10.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Export a finished run to ONNX or torch.export, and compare the file with PyTorch."""
+
+    run: Annotated[str, "folder of a finished run, or its model.safetensors"]
+    onnx: Annotated[cli.OutputFile, "file for ONNX"] = None
+    torch: Annotated[cli.OutputFile, "file for torch.export"] = None
+
+    def __post_init__(self):
+        if not (self.onnx or self.torch):
+            raise UserError("there is nothing to do; give --onnx or --torch, or both")
+
+
+if __name__ == "__main__":
+    typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
+
 import io
 import json
 import warnings
@@ -12,10 +35,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar10 import cli
 from cifar10.cli import import_extra
-from cifar10.errors import UserError
-from cifar10.files import OutputFile, write
+from cifar10.files import write
 from cifar10.interpretation import ImageClassifier
 from model import ResNet
 
@@ -45,9 +66,10 @@ def check(name: str, expected: Tensor, found: Tensor):
     print(f"{name}: the same classes as PyTorch on {N_CHECK_IMAGES} images, probabilities within {difference:.0e}")
 
 
-def export(run: str, onnx: str | None, pt2: str | None):
-    """Write the files that are asked for, and check them."""
-    classifier = ImageClassifier.load(run, ResNet, device="cpu")
+def main(**typed):
+    """Write the files that are asked for, and check them. `typed`: the options on the command line (see `Options`)."""
+    options = Options(**typed)
+    classifier = ImageClassifier.load(options.run, ResNet, device="cpu")
     module = WithPreprocessing(classifier).eval()
     about = {"classes": json.dumps(classifier.classes, ensure_ascii=False), "data": classifier.name}
     generator, shape = torch.Generator().manual_seed(0), (N_CHECK_IMAGES, 3, classifier.size, classifier.size)
@@ -55,35 +77,24 @@ def export(run: str, onnx: str | None, pt2: str | None):
     with torch.no_grad():
         expected = module(images)
     program = torch.export.export(module, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
-    if pt2:
+    if options.torch:
         file = io.BytesIO()
         torch.export.save(program, file, extra_files=about)
-        write(Path(pt2), file.getvalue())
+        write(Path(options.torch), file.getvalue())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how PyTorch itself reads the file
-            check(pt2, expected, torch.export.load(pt2).module()(images))
-    if onnx:
+            check(options.torch, expected, torch.export.load(options.torch).module()(images))
+    if options.onnx:
         for package in ("onnx", "onnxscript"):  # which PyTorch imports
             import_extra(package, "export")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["probabilities"])
         exported.model.metadata_props.update(about)
-        write(Path(onnx), exported.model_proto.SerializeToString())
-        session = import_extra("onnxruntime", "export").InferenceSession(onnx)
-        check(onnx, expected, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
-
-
-def main(
-    run: str,  # folder of a finished run, or its model.safetensors
-    onnx: OutputFile = None,  # file for ONNX
-    torch: OutputFile = None,  # file for torch.export
-):
-    "Export a finished run to ONNX or torch.export, and compare the file with PyTorch."
-    if not (onnx or torch):
-        raise UserError("there is nothing to do; give --onnx or --torch, or both")
-    export(run, onnx, torch)
+        write(Path(options.onnx), exported.model_proto.SerializeToString())
+        session = import_extra("onnxruntime", "export").InferenceSession(options.onnx)
+        check(options.onnx, expected, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, typed)

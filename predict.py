@@ -1,18 +1,42 @@
 """Classify images with a finished run: `python predict.py RUN photos/ cat.jpg`; in Python, `Classifier.load(RUN)`."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifar10 import cli
+from cifar10.recipes import Bounds, check_fields
+
+
+@dataclass(frozen=True)
+class Options:
+    """Classify images with a finished run."""
+
+    run: Annotated[str, "folder of a finished run, or its model.safetensors"]
+    images: Annotated[list[str], {"nargs": "+", "type": str}, "files, folders, or - for a list from standard input"]
+    topk: Annotated[int, Bounds(1), "classes to show for each image"] = 3
+    tta: Annotated[bool, "average the predictions for shifted and mirrored views of each image"] = False
+    gradcam: Annotated[str | None, "folder for plots that show where the evidence for the likeliest class lies"] = None
+    json: Annotated[cli.OutputFile, "JSON file for the probabilities of all classes"] = None
+    csv: Annotated[cli.OutputFile, "CSV file for the table"] = None
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+if __name__ == "__main__":
+    typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
+
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import torch
 from fastcore.basics import chunked
 
-from cifar10 import cli
 from cifar10.data import images_at_once, list_images
 from cifar10.errors import UserError
-from cifar10.files import OutputFile, save_figure, write_csv, write_json
+from cifar10.files import save_figure, write_csv, write_json
 from cifar10.interpretation import ImageClassifier, plot_image_grad_cam
 from cifar10.text import printable
 from model import ResNet
@@ -46,47 +70,38 @@ def find_files(images: list[str]) -> list[Path]:
     return files
 
 
-def main(
-    run: str,  # folder of a finished run, or its model.safetensors
-    images: Annotated[str, {"nargs": "+"}],  # files, folders, or - for a list of files from the standard input
-    topk: int = 3,  # classes to show for each image
-    tta: bool = False,  # average the predictions for shifted and mirrored views of each image
-    gradcam: str | None = None,  # folder for plots that show where the evidence for the likeliest class lies
-    json: OutputFile = None,  # JSON file for the probabilities of all classes
-    csv: OutputFile = None,  # CSV file for the table
-):
-    "Classify images with a finished run."
-    classifier = Classifier.load(run)
-    if topk < 1:
-        raise UserError(f"topk is {topk}; it must be at least 1")
-    topk = min(topk, len(classifier.classes))
-    files = find_files(images)
+def main(**typed):
+    """Classify images. `typed`: the options given on the command line, by name (see `Options`)."""
+    options = Options(**typed)
+    classifier = Classifier.load(options.run)
+    topk = min(options.topk, len(classifier.classes))
+    files = find_files(options.images)
     if not files:
         raise UserError("no images were named; give files, folders, or a list on the standard input")
-    if gradcam and Path(gradcam).is_file():
-        raise UserError(f"{gradcam} is a file; give a folder for the plots")
+    if options.gradcam and Path(options.gradcam).is_file():
+        raise UserError(f"{options.gradcam} is a file; give a folder for the plots")
     names, probabilities, failed = [], [torch.empty(0, len(classifier.classes))], 0
     for some in chunked(files, images_at_once(classifier.size)):
-        preds, good, broken = classifier.predict_files(some, tta)
+        preds, good, broken = classifier.predict_files(some, options.tta)
         for i, why in broken.items():
             print(f"{printable(some[i])} can't be used as an image ({why})", file=sys.stderr)
         failed += len(broken)
         names += [printable(some[i]) for i in good]
         probabilities.append(preds)
-        if gradcam:
+        if options.gradcam:
             for i, row in zip(good, preds, strict=True):
-                write_grad_cam(classifier, some[i], row, Path(gradcam))
+                write_grad_cam(classifier, some[i], row, Path(options.gradcam))
     preds = torch.cat(probabilities)
     table = pd.DataFrame({"image": names})
     for k, (values, numbers) in enumerate(zip(*(best.T.tolist() for best in preds.topk(topk))), start=1):
         table[f"class {k}"], table[f"probability {k}"] = [classifier.classes[number] for number in numbers], values
-    if json:
+    if options.json:
         by_class = (dict(zip(classifier.classes, row, strict=True)) for row in preds.tolist())
-        write_json(Path(json), dict(zip(names, by_class, strict=True)))
-    if csv:
-        write_csv(Path(csv), list(table), table.values)
-    if json or csv:
-        print(f"{len(names):,} images classified; see {' and '.join(filter(None, (csv, json)))}")
+        write_json(Path(options.json), dict(zip(names, by_class, strict=True)))
+    if options.csv:
+        write_csv(Path(options.csv), list(table), table.values)
+    if options.json or options.csv:
+        print(f"{len(names):,} images classified; see {' and '.join(filter(None, (options.csv, options.json)))}")
     elif names:
         texts = table.select_dtypes(exclude="number")
         aligned = {name: f"{{:<{texts[name].str.len().max()}}}".format for name in texts}  # left
@@ -107,4 +122,4 @@ def write_grad_cam(classifier: Classifier, file: Path, probabilities: torch.Tens
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, typed)

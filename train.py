@@ -1,25 +1,28 @@
 """Train the hand-written ResNet and show what it learned: `python train.py --help` lists the options.
 
 The assignment: DataLoaders with three transforms → ResNet → Learner → LR finder → one cycle of 24 epochs, with its peak
-at epoch 5 → plots. What it leaves open is chosen in cifar10/training/recipes.py. In a REPL: `from train import *`, then
+at epoch 5 → plots. What it leaves open is chosen in cifar10/recipes.py. In a REPL: `from train import *`, then
 `learn = get_learner(get_dls())`, `learn.lr_find()` and the rest of fastai.
 """
 
-import cifar10  # noqa: F401 (first, because it corrects matplotlib's backend)
+from cifar10 import cli  # first, because `cifar10` corrects matplotlib's backend
+from cifar10.options import Options
 
-# isort: split
+if __name__ == "__main__":
+    typed = cli.start(Options, distributed=True)  # before what takes seconds to import: a mistake is answered at once
+
 from dataclasses import fields, replace
 from pathlib import Path
 
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner  # noqa: F401 (for a REPL)
 
 from augment import Cutout, FlipLR, RandomCrop
-from cifar10 import cli
 from cifar10.data import SIZE, ImageTable, Reading, build_dls
 from cifar10.errors import UserError
 from cifar10.interpretation import report_run
+from cifar10.recipes import RECIPES, Recipe
 from cifar10.runs import Session
-from cifar10.training import RECIPES, Options, Recipe, ValidateLast, build_learner, find_lrs, init_dirac, init_whitening
+from cifar10.training import ValidateLast, build_learner, find_lrs, init_dirac, init_whitening
 from model import ResNet, split_by_depth
 
 
@@ -101,4 +104,4 @@ def main(**typed):
 
 
 if __name__ == "__main__":
-    cli.run(main, Options, distributed=True)
+    cli.run(main, typed)

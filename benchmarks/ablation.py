@@ -18,11 +18,12 @@ from fastcore.basics import num_cpus
 
 from benchmarks.seeds import train_once
 from cifar10 import cli
+from cifar10.cli import OutputFile
 from cifar10.data.table import ImageTable
-from cifar10.files import OutputFile, write_json
+from cifar10.files import write_json
 from cifar10.hardware import collect_env
 from cifar10.interpretation import markdown_table
-from cifar10.training.recipes import RECIPES, Recipe, choices
+from cifar10.recipes import RECIPES, Recipe, choices
 from train import get_dls
 
 BASELINE = "nothing"

@@ -20,11 +20,12 @@ from fastai.vision.all import DataLoaders, Learner, set_seed
 from benchmarks.seeds import train_once
 from benchmarks.steps import WARM_UP, TimeSteps, compare_with_bare_loop, learner_step, take_turns
 from cifar10 import cli
+from cifar10.cli import OutputFile
 from cifar10.errors import UserError
-from cifar10.files import OutputFile, write_json
+from cifar10.files import write_json
 from cifar10.hardware import collect_env, resolve_precision
+from cifar10.recipes import RECIPES
 from cifar10.training.callbacks import SYNC_EVERY
-from cifar10.training.recipes import RECIPES
 from train import get_dls, get_learner
 
 BETWEEN_SYNCS = SYNC_EVERY - WARM_UP - 1  # steps after those to warm up in which nothing should make the host wait

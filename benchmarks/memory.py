@@ -22,8 +22,8 @@ from PIL import Image
 
 from benchmarks.steps import save
 from cifar10 import cli
+from cifar10.cli import OutputFile
 from cifar10.errors import UserError
-from cifar10.files import OutputFile
 
 ROOT = Path(__file__).parents[1]
 

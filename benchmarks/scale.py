@@ -18,11 +18,12 @@ from torch import nn
 
 from benchmarks.steps import learner_step, save, seconds_of, take_turns
 from cifar10 import cli
+from cifar10.cli import OutputFile
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
-from cifar10.files import OutputFile
 from cifar10.hardware import get_device
-from cifar10.processes import is_distributed, process_group
+from cifar10.processes import process_group
+from cifar10.signals import is_distributed
 from train import get_dls, get_learner
 
 REPEATS = 10  # of what is timed alone

@@ -17,9 +17,9 @@ from cifar10.errors import UserError
 from cifar10.files import write_json
 from cifar10.hardware import collect_env
 from cifar10.interpretation.predictions import Interpretation, tta_accuracy
+from cifar10.options import Options
+from cifar10.recipes import RECIPES, Recipe, choices
 from cifar10.training.callbacks import StopAtNaN
-from cifar10.training.options import Options
-from cifar10.training.recipes import RECIPES, Recipe, choices
 from compare import spread
 from train import choose_lrs, fit, get_dls, get_learner
 

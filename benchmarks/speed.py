@@ -27,8 +27,8 @@ from torchvision.datasets import ImageFolder
 from benchmarks.memory import largest_child_gib
 from benchmarks.steps import LR, learner_step, save, seconds_of, take_turns
 from cifar10 import cli
+from cifar10.cli import OutputFile
 from cifar10.data.decode import SIZE
-from cifar10.files import OutputFile
 from cifar10.training.strips import StripConv2d
 from cifar10.training.tricks import count_flop
 from model import ResNet

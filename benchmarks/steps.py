@@ -21,12 +21,13 @@ from fastai.vision.all import Callback, CancelFitException, DataLoader, DataLoad
 from torch import nn
 
 from cifar10 import cli
+from cifar10.cli import OutputFile
 from cifar10.errors import UserError
-from cifar10.files import OutputFile, write_json
+from cifar10.files import write_json
 from cifar10.hardware import collect_env
+from cifar10.recipes import ASSIGNMENT
 from cifar10.training.callbacks import StopAtNaN
 from cifar10.training.optim import Muon
-from cifar10.training.recipes import ASSIGNMENT
 from model import ResNet
 from train import get_dls, get_learner
 

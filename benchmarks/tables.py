@@ -17,8 +17,8 @@ from cifar10 import cli
 from cifar10.errors import UserError
 from cifar10.files import read_csv, write
 from cifar10.interpretation.report import CIFAR10_SHA256, markdown_table
-from cifar10.training.options import Options
-from cifar10.training.recipes import RECIPES
+from cifar10.options import Options
+from cifar10.recipes import RECIPES
 from compare import spread
 
 ROOT = Path(__file__).parents[1]

@@ -1,29 +1,30 @@
 """Shared command-line behavior of all scripts: errors in one sentence, exit statuses, signals, progress bars.
 
-Exit statuses: 0 for success, 2 for an error, and those of `STATUS`.
+A script reads its options with `start` before it imports what takes seconds, so that a mistake is answered at once, and
+passes them on with `run`. Exit statuses: 0 for success, 2 for an error, and those of `STATUS`.
 """
 
+import errno
 import os
 import re
 import signal
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
-from inspect import signature
+from inspect import isclass, signature
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Any
 
-import matplotlib
 from fastcore.basics import IN_NOTEBOOK
 from fastcore.script import anno_parser
-from fastprogress import fastprogress
 
-from cifar10.errors import Stopped, UserError
-from cifar10.processes import SIGNALS, ignore_signals, is_first_to_fail
+from cifar10.errors import Stopped, UserError, WriteError
+from cifar10.signals import SIGNALS, ignore_signals, is_first_to_fail
 
 SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
 STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number; others: 1
@@ -48,6 +49,17 @@ class YesNo(BooleanOptionalAction):
 
     def __init__(self, *args, type=None, **kwargs):
         super().__init__(*args, **kwargs)
+
+
+def output_file(path: str) -> str:
+    """The type of an option for a file to write, which is checked before the work starts."""
+    missing = 0 if Path(path).parent.is_dir() else errno.ENOENT
+    if number := errno.EISDIR if Path(path).is_dir() else missing:
+        raise ArgumentTypeError(WriteError(Path(path), OSError(number, os.strerror(number))))
+    return path
+
+
+OutputFile = Annotated[str | None, {"type": output_file}]
 
 
 class Parser(ArgumentParser):
@@ -108,48 +120,59 @@ def parse(schema: Callable, words: list[str]) -> dict:
 
 
 @contextmanager
-def script_settings() -> Iterator[None]:
-    """Signals, output and plots as a script needs them; a notebook (`%run`) gets its own signal handlers back."""
+def handled() -> Iterator[None]:
+    """Handle signals and errors as a script does; a notebook (`%run`) gets its own signal handlers back."""
     if isinstance(sys.stdout, TextIOWrapper):  # a notebook has another one
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    if not IN_NOTEBOOK:
-        matplotlib.use("agg")  # plots are files
-        if not getattr(sys.stdout, "isatty", bool)():  # no moving bars in a log file
-            fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if number != signal.SIGINT and handler != signal.SIG_IGN:  # as with nohup
             signal.signal(number, stop)
     try:
         yield
+    except BrokenPipeError:
+        fail("stopped by a closed pipe", STATUS["a closed pipe"])
+    except KeyboardInterrupt as stopped:
+        by, hint = getattr(stopped, "by", "Ctrl-C"), getattr(stopped, "hint", "")
+        fail(f"\nstopped by {by}{hint}", STATUS.get(by, 1))
+    except (UserError, OSError) as reason:
+        if "--debug" in split_at_dashes(sys.argv[1:])[0]:
+            raise
+        hint = "" if isinstance(reason, UserError) else " (--debug shows where)"
+        fail("error: " + str(reason).replace("\n", "\\n") + hint, 2)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def run(main: Callable, schema: Callable | None = None, distributed: bool = False):
-    """Run a script: call `main` with the typed options, which `schema` describes, and exit with its status.
+def start(schema: Callable, distributed: bool = False) -> dict[str, Any]:
+    """The options that were typed, which `schema` describes (see `parse`), and checks if it is a class.
 
     Under torchrun, only a `distributed` script runs in each process; others run in the first one.
     """
     if not distributed and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if os.environ.get("RANK", "0") != "0":
-            return
+            raise SystemExit
         print(f"{Path(sys.argv[0]).name} runs in one process: the others end", file=sys.stderr)
         os.environ["WORLD_SIZE"] = "1"
-    with script_settings():
-        debug = "--debug" in split_at_dashes(sys.argv[1:])[0]
-        try:
-            typed = parse(schema or main, sys.argv[1:])
-            typed.pop("debug", None)
-            main(**typed)
-        except BrokenPipeError:
-            fail("stopped by a closed pipe", STATUS["a closed pipe"])
-        except KeyboardInterrupt as stopped:
-            by, hint = getattr(stopped, "by", "Ctrl-C"), getattr(stopped, "hint", "")
-            fail(f"\nstopped by {by}{hint}", STATUS.get(by, 1))
-        except (UserError, OSError) as reason:
-            if debug:
-                raise
-            hint = "" if isinstance(reason, UserError) else " (--debug shows where)"
-            fail("error: " + str(reason).replace("\n", "\\n") + hint, 2)
+    with handled():
+        typed = parse(schema, sys.argv[1:])
+        typed.pop("debug", None)
+        if isclass(schema):
+            schema(**typed)
+        return typed
+
+
+def run(main: Callable, typed: dict[str, Any] | None = None):
+    """Run a script: call `main` with the options that `start` returned, by default those that `main` describes."""
+    if typed is None:
+        typed = start(main)
+    if not IN_NOTEBOOK:
+        import matplotlib  # here, because both would delay `start`
+        from fastprogress import fastprogress
+
+        matplotlib.use("agg")  # plots are files
+        if not getattr(sys.stdout, "isatty", bool)():  # no moving bars in a log file
+            fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ""
+    with handled():
+        main(**typed)

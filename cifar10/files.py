@@ -1,18 +1,15 @@
 """Atomic writes, and tensors with a checksum."""
 
-import errno
 import hashlib
 import io
 import json
 import os
 import shutil
 import time
-from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
 import pandas as pd
 import torch
@@ -23,16 +20,6 @@ from torch import Tensor
 
 from cifar10.errors import CorruptFileError, UserError, WriteError
 
-
-def output_file(path: str) -> str:
-    """The type of an option for a file to write, which is checked before the work starts."""
-    missing = 0 if Path(path).parent.is_dir() else errno.ENOENT
-    if number := errno.EISDIR if Path(path).is_dir() else missing:
-        raise ArgumentTypeError(WriteError(Path(path), OSError(number, os.strerror(number))))
-    return path
-
-
-OutputFile = Annotated[str | None, {"type": output_file}]
 LEFTOVERS = ".*.part"  # pattern of the temporary folders that `replacing` makes
 
 

@@ -5,35 +5,27 @@ Rank 0 is the process that prints and writes. The first process of each host has
 
 import os
 import shutil
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from functools import cache, wraps
+from functools import wraps
 from itertools import count
-from threading import Thread
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from fastai.torch_core import num_distrib, rank_distrib
 
+from cifar10 import signals
 from cifar10.errors import UserError
+from cifar10.signals import ignore_signals, is_distributed, is_first_to_fail
 
 T = TypeVar("T")
 LOST = "a lost connection to another process"
 PATIENCE = timedelta(days=1)  # how long to wait while one process works for all, like decoding the images
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 NUMBERS = count()  # one for each group that this process joins
-store: dist.Store | None = None  # of the current group
 patient: dist.ProcessGroup | None = None  # the same processes, with a longer timeout
-
-
-def is_distributed() -> bool:
-    """Whether torchrun started several processes."""
-    return num_distrib() > 1
 
 
 def on_rank0(function: Callable[..., T]) -> Callable[..., T | None]:
@@ -69,7 +61,7 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     `timeout` is in seconds; after it, a process that is frozen or cut off counts as lost. One that ends is noticed at
     once. Raises `UserError` if one is lost. Only rank 0 prints in the block.
     """
-    global store, patient
+    global patient
     if not is_distributed():
         yield
         return
@@ -85,8 +77,8 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     try:
         # Otherwise, after a restart or in a second group, gloo would find the addresses of the previous processes.
         name = f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}-{next(NUMBERS)}"
-        store = dist.PrefixStore(name, next(dist.rendezvous("env://", timeout=limit))[0])
-        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=num_distrib())
+        signals.store = dist.PrefixStore(name, next(dist.rendezvous("env://", timeout=limit))[0])
+        dist.init_process_group(backend, timeout=limit, store=signals.store, rank=rank, world_size=num_distrib())
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         try:
             with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank == 0 else nowhere):
@@ -98,7 +90,7 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
         finally:
             dist.destroy_process_group()  # otherwise gloo's threads may abort the process at exit
             patient = None
-        store = None
+        signals.store = None
     except RuntimeError as reason:
         if not is_lost(reason):
             raise
@@ -109,42 +101,6 @@ def is_lost(reason: RuntimeError) -> bool:
     """Whether an exception means that another process has exited or stopped responding."""
     # gloo has no exceptions of its own; its messages start with a path in its source.
     return is_distributed() and (isinstance(reason, dist.DistError) or "gloo/" in str(reason))
-
-
-def ignore_signals():
-    """Ignore stop signals from now on: torchrun sends one when any process exits, even to one about to print why."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def is_first_to_fail() -> bool:
-    """Whether this process should report a failure: it is the first in its group to fail, as far as it can tell.
-
-    Before there is a group, that is each host's first process, because hosts can't see each other.
-    """
-    if not is_distributed():
-        return True
-    if store is None:
-        leads = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not leads:  # exiting now would make torchrun stop the first one before it prints
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # sent once the first process has exited
-            time.sleep(60)
-        return leads
-    return claim_failure(store)
-
-
-@cache  # because the store may end with its host
-def claim_failure(store: dist.Store) -> bool:
-    answers: list[bytes] = []
-
-    def ask():
-        with suppress(RuntimeError):
-            answers.append(store.compare_set("failed", "", str(rank_distrib())))
-
-    thread = Thread(target=ask, daemon=True)  # the host of the store may be unreachable
-    thread.start()
-    thread.join(timeout=5)
-    return not answers or answers[0].decode() == str(rank_distrib())
 
 
 @contextmanager

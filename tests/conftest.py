@@ -31,9 +31,9 @@ from fastai.vision.all import Learner, set_seed  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from cifar10.interpretation.predictions import Interpretation  # noqa: E402
-from cifar10.processes import SIGNALS  # noqa: E402
+from cifar10.recipes import ASSIGNMENT  # noqa: E402
+from cifar10.signals import SIGNALS  # noqa: E402
 from cifar10.training.learner import build_learner  # noqa: E402
-from cifar10.training.recipes import ASSIGNMENT  # noqa: E402
 from model import ResNet, split_by_depth  # noqa: E402
 from train import get_dls, get_learner  # noqa: E402
 

@@ -8,9 +8,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cifar10 import cli
+from cifar10.options import Options
 from cifar10.runs import checkpoint
 from cifar10.training.callbacks import EpochRecorder
-from cifar10.training.options import Options
 from train import main
 
 
@@ -36,4 +36,4 @@ match os.environ["TORCHELASTIC_RESTART_COUNT"]:
         kill_in(EpochRecorder, "after_validate", 0, 1)
     case "2":
         kill_in(checkpoint, "save_tensors", 0, 2)
-cli.run(main, Options, distributed=True)
+cli.run(main, cli.start(Options, distributed=True))

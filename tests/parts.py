@@ -15,9 +15,9 @@ from torch import nn
 
 from cifar10.data.table import ImageTable
 from cifar10.processes import local_rank0_first, process_group
+from cifar10.recipes import ASSIGNMENT, FASTER
 from cifar10.training.callbacks import ValidateLast
 from cifar10.training.distributed import SyncBatchNorm2d
-from cifar10.training.recipes import ASSIGNMENT, FASTER
 from model import ResNet
 from train import fit, get_dls, get_learner
 

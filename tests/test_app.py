@@ -185,5 +185,5 @@ def test_where_the_page_can_be_reached(run, monkeypatch, host, variables, addres
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(app, "build", lambda *_: Page())
-    app.main(str(run), host=host)
+    app.main(run=str(run), host=host)
     assert found == [address]

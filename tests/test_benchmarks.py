@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import ablation, gpu, seeds, steps
 from benchmarks.speed import CONVOLUTIONS
 from cifar10.errors import UserError
-from cifar10.training.recipes import RECIPES
+from cifar10.recipes import RECIPES
 from cifar10.training.tricks import count_flop
 from model import ResNet
 

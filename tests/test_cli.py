@@ -58,7 +58,7 @@ def test_values_are_kept_as_they_are(words, typed, capsys):
 
 def test_several_values_after_two_dashes():
     """As `predict.py` takes them; a second `--` is a value."""
-    typed = parse(predict.main, ["RUN", "--topk=2", "a_b", "--", "--my_photo.jpg", "--topk=3", "--", "-"])
+    typed = parse(predict.Options, ["RUN", "--topk=2", "a_b", "--", "--my_photo.jpg", "--topk=3", "--", "-"])
     assert typed == {"run": "RUN", "images": ["a_b", "--my_photo.jpg", "--topk=3", "--", "-"], "topk": 2}
 
 
@@ -163,6 +163,9 @@ def test_a_notebook_gets_its_signal_handlers_back(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script"])
     with pytest.raises(SystemExit):
         cli.run(main)
+    monkeypatch.setattr("sys.argv", ["script", "--zzz"])
+    with pytest.raises(SystemExit):
+        cli.start(example)
     assert {number: signal.getsignal(number) for number in signal.valid_signals()} == before
 
 

@@ -9,7 +9,7 @@ from commandline import ROOT, command
 from matplotlib import pyplot as plt
 
 import compare
-from cifar10.training.recipes import RECIPES
+from cifar10.recipes import RECIPES
 
 
 def finished(folder, accuracy, seed, lr_max=0.5, **options):

@@ -17,11 +17,11 @@ from cifar10.data.decode import SIZE, decode_image
 from cifar10.data.sources import unpack
 from cifar10.errors import CorruptFileError, UserError
 from cifar10.files import save_tensors
+from cifar10.options import Options
+from cifar10.recipes import ASSIGNMENT
 from cifar10.runs.checkpoint import last_checkpoint
 from cifar10.runs.checkpoint import settings as settings_of
 from cifar10.runs.run import Run
-from cifar10.training.options import Options
-from cifar10.training.recipes import ASSIGNMENT
 from model import ResNet
 from train import get_dls, get_learner
 

@@ -12,7 +12,8 @@ LEAVES = {"model", "augment"}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - LEAVES
 PACKAGE = sorted((ROOT / "cifar10").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
-BASE = ("errors", "text", "processes", "files", "hardware", "cli")  # each imports only those before it
+# Each imports only those before it; up to the options, none imports what takes long.
+BASE = ("errors", "text", "signals", "cli", "recipes", "options", "processes", "files", "hardware")
 # Wing → the wings that it may import, beside the base.
 WINGS = {"data": (), "training": (), "runs": ("data", "training"), "interpretation": ("data", "training", "runs")}
 

@@ -10,6 +10,7 @@ import time
 import nbformat
 import pytest
 from commandline import ROOT, warm_python
+from fastprogress import fastprogress
 from nbclient import NotebookClient
 
 from cifar10 import cli
@@ -128,8 +129,8 @@ def fails(main) -> tuple[int, str]:
 def bare(monkeypatch):
     """No arguments, and the settings of a script undone after the test."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(cli.fastprogress, "NO_BAR", False)
-    monkeypatch.setattr(cli.fastprogress.ConsoleProgressBar, "fill", "█")
+    monkeypatch.setattr(fastprogress, "NO_BAR", False)
+    monkeypatch.setattr(fastprogress.ConsoleProgressBar, "fill", "█")
 
 
 def says():
@@ -145,7 +146,7 @@ def test_unusual_streams(bare, monkeypatch, stream):
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
     cli.run(says)
-    assert cli.fastprogress.NO_BAR
+    assert fastprogress.NO_BAR
     assert fails(mistake) == 2
     if stream is not None:
         assert stream.getvalue() == "hello\nerror: it is wrong; mend it\n"

@@ -13,8 +13,8 @@ from torch import nn
 
 from benchmarks import tables
 from cifar10.errors import UserError
-from cifar10.training.options import Options
-from cifar10.training.recipes import RECIPES, Recipe
+from cifar10.options import Options
+from cifar10.recipes import RECIPES, Recipe
 from model import ResNet
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]

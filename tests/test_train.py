@@ -212,7 +212,7 @@ def test_a_changed_recipe_does_not_change_a_resumed_run(shapes, tmp_path):
     code = """
 import sys
 from dataclasses import replace
-from cifar10.training import recipes
+from cifar10 import recipes
 recipes.RECIPES["fast"] = replace(recipes.FAST, momentum=0.1, label_smoothing=0.5, muon_lr_scale=1.0, flip=False)
 import train
 train.main(resume="runs/stopped")

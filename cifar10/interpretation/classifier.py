@@ -16,9 +16,9 @@ from cifar10.files import load_tensors
 from cifar10.hardware import get_device, resolve_precision
 from cifar10.interpretation.gradcam import grad_cam
 from cifar10.interpretation.predictions import TTA
+from cifar10.recipes import Recipe
 from cifar10.runs.run import FORMAT, WEIGHTS
 from cifar10.text import printable
-from cifar10.training.recipes import Recipe
 
 MIN_BATCHES_FOR_BAR = 8  # fewer end before anyone could read a progress bar
 

@@ -20,10 +20,10 @@ from cifar10.interpretation import plots
 from cifar10.interpretation.fonts import fonts_for, shorten_middle
 from cifar10.interpretation.metrics import fit_temperature, likely_label_errors, summarize
 from cifar10.interpretation.predictions import Interpretation, tta_accuracy
+from cifar10.options import Options
 from cifar10.processes import on_rank0
 from cifar10.runs.run import Run
 from cifar10.text import plural, printable
-from cifar10.training.options import Options
 
 N_SUSPECTS, N_EXAMPLES = 20, 10
 NOTEBOOK = Path(__file__).parents[2] / "results/notebook/log.csv"  # of the assignment

@@ -22,19 +22,10 @@ from torch import nn
 from cifar10.errors import Stopped, UserError, WriteError
 from cifar10.files import LEFTOVERS, load_tensors, remove_leftovers, save_tensors, write_csv, write_json
 from cifar10.hardware import collect_env
-from cifar10.processes import (
-    LOST,
-    from_rank0,
-    host_count,
-    ignore_signals,
-    is_distributed,
-    is_lost,
-    launch_command,
-    launch_id,
-    on_rank0,
-)
-from cifar10.training.options import Options
-from cifar10.training.recipes import Recipe
+from cifar10.options import Options
+from cifar10.processes import LOST, from_rank0, host_count, is_lost, launch_command, launch_id, on_rank0
+from cifar10.recipes import Recipe
+from cifar10.signals import ignore_signals, is_distributed
 
 FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when this code can no longer read older files
 WEIGHTS = "model.safetensors"

@@ -16,6 +16,7 @@ from cifar10.cli import import_extra
 from cifar10.data import ImageTable, Reading, describe
 from cifar10.errors import UserError
 from cifar10.files import write
+from cifar10.options import Options
 from cifar10.processes import (
     check_same,
     from_rank0,
@@ -25,9 +26,10 @@ from cifar10.processes import (
     on_rank0,
     process_group,
 )
+from cifar10.recipes import Recipe
 from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.runs.run import Run, check_folder, places
-from cifar10.training import Options, Recipe, StopAtNaN, TimeEstimate
+from cifar10.training import StopAtNaN, TimeEstimate
 
 
 class Session:

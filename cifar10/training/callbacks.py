@@ -15,8 +15,8 @@ from fastprogress.fastprogress import format_time
 from torch import Tensor
 
 from cifar10.errors import UserError
+from cifar10.recipes import Recipe
 from cifar10.training.lr_finder import SWEEP
-from cifar10.training.recipes import Recipe
 
 SYNC_EVERY = 50  # steps on a GPU: reading a number makes the host wait until the GPU is done
 

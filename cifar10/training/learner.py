@@ -17,12 +17,12 @@ from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, accuracy
 from torch import nn
 
 from cifar10.hardware import keep_freed_memory, resolve_precision
-from cifar10.processes import is_distributed
+from cifar10.recipes import Recipe
+from cifar10.signals import is_distributed
 from cifar10.training.callbacks import EpochRecorder, Progress
 from cifar10.training.distributed import Distributed
 from cifar10.training.lr_finder import restored
 from cifar10.training.optim import Muon
-from cifar10.training.recipes import Recipe
 from cifar10.training.strips import Strips
 from cifar10.training.tricks import CountFlop, FreezeLayers, GradientValueClip, L1Penalty, ProgressiveResize
 

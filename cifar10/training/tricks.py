@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import resize
 
-from cifar10.training.recipes import REFERENCE_SIDE, Recipe
+from cifar10.recipes import REFERENCE_SIDE, Recipe
 
 
 class GradientValueClip(Callback):

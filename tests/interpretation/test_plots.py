@@ -27,8 +27,8 @@ from cifar10.interpretation.plots import (
     plot_misclassified,
 )
 from cifar10.interpretation.predictions import Interpretation
+from cifar10.recipes import ASSIGNMENT
 from cifar10.training.lr_finder import LRCurve, plot_lr_curve, suggest_lrs
-from cifar10.training.recipes import ASSIGNMENT
 from model import ResNet
 
 

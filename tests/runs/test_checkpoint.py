@@ -10,11 +10,11 @@ from fastai.vision.all import Callback, set_seed
 
 from cifar10.errors import UserError
 from cifar10.files import load_tensors, read_csv
+from cifar10.options import Options
+from cifar10.recipes import ASSIGNMENT
 from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint, list_checkpoints, load_state_dict, state_dict
 from cifar10.runs.run import Run
 from cifar10.training.callbacks import StopAtNaN
-from cifar10.training.options import Options
-from cifar10.training.recipes import ASSIGNMENT
 from train import get_dls
 
 

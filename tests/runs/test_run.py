@@ -12,10 +12,10 @@ from conftest import ROOT
 
 from cifar10.errors import Stopped, UserError
 from cifar10.files import load_tensors, save_tensors
+from cifar10.options import Options
+from cifar10.recipes import ASSIGNMENT, RECIPES
 from cifar10.runs import run as run_module
 from cifar10.runs.run import FORMAT, Run, collect_env
-from cifar10.training.options import Options
-from cifar10.training.recipes import ASSIGNMENT, RECIPES
 from model import ResNet
 from train import get_learner
 

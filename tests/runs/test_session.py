@@ -14,11 +14,11 @@ from fastai.vision.all import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar10.errors import Stopped
+from cifar10.options import Options
+from cifar10.recipes import ASSIGNMENT
 from cifar10.runs.checkpoint import last_checkpoint
 from cifar10.runs.run import Run
 from cifar10.runs.session import Session, tracker_callbacks
-from cifar10.training.options import Options
-from cifar10.training.recipes import ASSIGNMENT
 from train import get_dls
 
 QUICK = ("--data", "digits", "--epochs", "2", "--peak_epoch", "1", "--width", "2", "--lr_max", "0.1")

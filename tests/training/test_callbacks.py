@@ -8,9 +8,9 @@ import torch
 from conftest import small
 from fastai.vision.all import Callback, ProgressCallback
 
+from cifar10.recipes import ASSIGNMENT, RECIPES
 from cifar10.training import callbacks
 from cifar10.training.callbacks import TimeEstimate, ValidateLast
-from cifar10.training.recipes import ASSIGNMENT, RECIPES
 from train import get_dls, get_learner
 
 

@@ -20,8 +20,8 @@ from filelock import FileLock
 import train
 from cifar10 import cli
 from cifar10.errors import UserError
+from cifar10.options import Options
 from cifar10.processes import is_lost, process_group
-from cifar10.training import Options
 
 OPTIONS = ["--data", "digits", "--width", 8, "--epochs", 3, "--peak_epoch", 1, "--lr_max", 0.1, "--precision", "fp32"]
 OPTIONS += ["--name", "run", "--timeout", 900]
@@ -224,7 +224,7 @@ def main():
 
 is_first_to_fail = processes.is_first_to_fail
 processes.is_first_to_fail = cli.is_first_to_fail = interrupted
-cli.run(main, distributed=True)
+cli.run(main, {})
 """)
     output = finish(torchrun(script, cwd=tmp_path, PYTHONPATH=str(ROOT)))
     assert output.count("error: this is wrong\n") == 1 and "stopped by" not in output, output
@@ -287,7 +287,7 @@ def test_before_the_hosts_have_joined_each_says_what_is_wrong(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit) as ended:
-        cli.run(train.main, Options, distributed=True)
+        cli.run(train.main, cli.start(Options, distributed=True))
     assert ended.value.code == 2 and capsys.readouterr().err == f"{answer}\n" * told
 
 

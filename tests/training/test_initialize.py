@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cifar10.recipes import ASSIGNMENT
 from cifar10.training.initialize import WHITENING_EPS, init_dirac, init_whitening
-from cifar10.training.recipes import ASSIGNMENT
 from model import ResNet
 from train import get_learner
 

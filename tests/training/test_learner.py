@@ -16,11 +16,11 @@ from augment import Cutout, FlipLR, RandomCrop
 from cifar10.errors import UserError
 from cifar10.files import read_csv
 from cifar10.hardware import resolve_precision
+from cifar10.recipes import ASSIGNMENT, RECIPES
 from cifar10.training import callbacks
 from cifar10.training.callbacks import StopAtNaN
 from cifar10.training.learner import Learner
 from cifar10.training.optim import Muon
-from cifar10.training.recipes import ASSIGNMENT, RECIPES
 from train import fit, get_dls, get_learner
 
 CPU = torch.device("cpu")

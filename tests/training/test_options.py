@@ -6,8 +6,8 @@ import pytest
 
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
-from cifar10.training.options import Options
-from cifar10.training.recipes import ASSIGNMENT, FAST, RECIPES, Recipe
+from cifar10.options import Options
+from cifar10.recipes import ASSIGNMENT, FAST, RECIPES, Recipe
 from model import NORMS
 from train import get_dls
 

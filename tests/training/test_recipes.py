@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from cifar10.errors import UserError
-from cifar10.training.recipes import ASSIGNMENT, FAST, RECIPES, Recipe
+from cifar10.recipes import ASSIGNMENT, FAST, RECIPES, Recipe
 
 SMALL_FIRST = replace(ASSIGNMENT, sizes=((16, 0.5), (32, 1.0)))
 

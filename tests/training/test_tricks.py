@@ -8,7 +8,7 @@ from conftest import small
 from fastai.vision.all import Callback, MixedPrecision, set_seed
 from torch import nn
 
-from cifar10.training.recipes import ASSIGNMENT, RECIPES
+from cifar10.recipes import ASSIGNMENT, RECIPES
 from cifar10.training.tricks import count_flop
 from model import ResNet
 from train import get_learner

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cifar10.cli import YesNo
 from cifar10.errors import UserError
-from cifar10.training.recipes import POSITIVE, RECIPES, Bounds, Recipe, check_fields, choices
+from cifar10.recipes import POSITIVE, RECIPES, Bounds, Recipe, check_fields, choices
 
 YES_NO = {"action": YesNo}
 SEVERAL = {"nargs": "+", "type": str}
