@@ -17,12 +17,12 @@ from pathlib import Path
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner  # noqa: F401 (for a REPL)
 
 from augment import Cutout, FlipLR, RandomCrop
-from cifar10.data import SIZE, ImageTable, Reading, build_dls
+from cifar10.data import SIZE, ImageTable, Reading, build_dls, with_stats
 from cifar10.errors import UserError
-from cifar10.interpretation import report_run
+from cifar10.interpretation import ImageClassifier, report_run
 from cifar10.recipes import RECIPES, Recipe
 from cifar10.runs import Session
-from cifar10.training import ValidateLast, build_learner, find_lrs, init_dirac, init_whitening
+from cifar10.training import ValidateLast, build_learner, find_lrs, fit_head, init_pretrained, initialize
 from model import ResNet, split_by_depth
 
 
@@ -50,14 +50,22 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
     return build_dls(images, transforms, **settings)
 
 
-def get_learner(dls, recipe: str | Recipe = "assignment", norm="batch", width=64, precision="auto", **kw) -> Learner:
-    """A Learner that trains the ResNet on `dls`, as the recipe says; `kw` is passed on to fastai's Learner."""
+def get_learner(dls, recipe: str | Recipe | None = None, norm="batch", width=64, precision="auto", weights=None,
+                **kw) -> Learner:  # fmt: skip
+    """A Learner that trains the ResNet on `dls`, as the recipe says; `kw` is passed on to fastai's Learner.
+
+    `weights`, the folder of a finished run or its model.safetensors, is where all layers but the last start from, and
+    whose mean and standard deviation normalize the images. The default recipe is then "finetune", not "assignment".
+    """
+    recipe = recipe or ("finetune" if weights else "assignment")
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
-    if recipe.init == "dirac":
-        init_dirac(model)
-    if recipe.whiten:
-        init_whitening(model.prep[0], model.prep[1], (batch[0] for batch in dls.train))
+    if weights:
+        trained = ImageClassifier.load(weights, ResNet, device="cpu")
+        recipe = init_pretrained(model, trained.model, recipe, trained.recipe)
+        dls = with_stats(dls, trained.mean, trained.std)
+    else:
+        initialize(model, recipe, (batch[0] for batch in dls.train))
     return build_learner(dls, model, recipe, precision, **dict(splitter=split_by_depth) | kw)
 
 
@@ -94,9 +102,11 @@ def main(**typed):
             return
         options, images = session.options, session.open_images()
         dls = get_dls(images, session.recipe, options.valid, options.device)
-        learn = get_learner(dls, session.recipe, options.norm, options.width, options.precision)
+        learn = get_learner(dls, session.recipe, options.norm, options.width, options.precision, session.weights)
         run = session.open_run(learn)  # from here on, an interrupted run prints how to resume
         if not session.checkpoint:
+            if session.weights:
+                fit_head(learn)
             session.set_lrs(choose_lrs(learn, session.recipe, run.path))
         print(f"One cycle: {session.recipe.describe_cycle()}, {learn.precision}")
         fit(learn, session.recipe, session.callbacks(), session.start_epoch)

@@ -19,7 +19,12 @@ class Options:
     """Train the assignment's ResNet with the one-cycle policy; write metrics and plots to a run folder."""
 
     data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
-    recipe: Annotated[str, choices(*RECIPES)] = "assignment"  # as assigned, with fewer epochs (fast, faster), or best
+    recipe: Annotated[str | None, choices(*RECIPES)] = (
+        None  # how to train (default: assignment; with --weights finetune)
+    )
+    weights: str | None = (
+        None  # start from a finished run: its folder, or its model.safetensors (default: from scratch)
+    )
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
     valid_pct: float | None = None  # part of train to hold out (default: 0.1; 0.2 for a folder without splits)
@@ -62,7 +67,11 @@ class Options:
             raise UserError(f"size is {self.size}; it must be a multiple of 8")
         if self.valid_pct is not None and not 0 < self.valid_pct < 1:
             raise UserError(f"valid_pct is {self.valid_pct}; it must be above 0 and below 1")
-        RECIPES[self.recipe].adapted(10**6, **self.changes)  # raises for a hyperparameter that makes no sense
+        RECIPES[self.recipe_name].adapted(10**6, **self.changes)  # raises for a hyperparameter that makes no sense
+
+    @property
+    def recipe_name(self) -> str:
+        return self.recipe or ("finetune" if self.weights else "assignment")
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -73,4 +82,4 @@ class Options:
     def resolve(self, images) -> Recipe:
         """The recipe for an `ImageTable`."""
         train_images = len(images.split_rows(self.valid)[0])
-        return RECIPES[self.recipe].adapted(train_images, **(dict(images.defaults) | self.changes))
+        return RECIPES[self.recipe_name].adapted(train_images, **(dict(images.defaults) | self.changes))

@@ -99,6 +99,7 @@ class Recipe:
     muon_lr_scale: Annotated[float, POSITIVE] = 0.4  # learning rate of convolutions relative to the others'
     norm_bias_lr_scale: Annotated[float, POSITIVE] = 1.0  # learning rate of normalization layers' biases, likewise
     train_norm_scales: bool = True  # or leave the scales of normalization layers as they are
+    train_norm_stats: bool = True  # or keep the running statistics of batch normalization, and train with them
     ns_steps: Annotated[int, Bounds(1, 20)] = 3  # of Newton-Schulz; more come closer to orthogonal and take longer
     clip: Annotated[float, AT_LEAST_0] = 0.0  # limit for each value of the gradient; 0 for none
 
@@ -178,4 +179,11 @@ BEST = replace(
     cutout=12, muon_lr_scale=0.286,
 )  # fmt: skip
 
-RECIPES = {recipe.name: recipe for recipe in (ASSIGNMENT, FAST, FASTER, BEST)}
+# From the weights of another run. The last layer is fitted first; short training with the statistics of batch
+# normalization as they are keeps what the other layers know.
+FINETUNE = replace(
+    ASSIGNMENT, name="finetune", epochs=12, peak_epoch=3, lr_max=0.03, annihilate=True, train_norm_stats=False,
+    batch_size=16, cutout=4,
+)  # fmt: skip
+
+RECIPES = {recipe.name: recipe for recipe in (ASSIGNMENT, FAST, FASTER, BEST, FINETUNE)}

@@ -3,7 +3,7 @@
 from cifar10.data.cache import images_at_once
 from cifar10.data.decode import SIZE, decode_image
 from cifar10.data.listing import list_images
-from cifar10.data.loaders import TensorDL, build_dls, describe, eval_split_name
+from cifar10.data.loaders import TensorDL, build_dls, describe, eval_split_name, with_stats
 from cifar10.data.reading import Reading
 from cifar10.data.sources import prepare_data
 from cifar10.data.table import ImageTable

@@ -199,6 +199,17 @@ def build_dls(data, tfms=(), *, bs: int, valid="test", device="auto", stats=None
     return block.dataloaders(images, table=images, bs=bs, device=where, weighted=weighted)
 
 
+def with_stats(dls: DataLoaders, mean: Tensor, std: Tensor) -> DataLoaders:
+    """The same DataLoaders, but normalized with another mean and standard deviation per channel."""
+    normalize = Normalize.from_stats(mean.flatten().tolist(), std.flatten().tolist())
+
+    def changed(loader: TensorDL) -> TensorDL:
+        transforms = [normalize if isinstance(tfm, Normalize) else tfm for tfm in loader.after_batch.fs]
+        return loader.new(after_batch=transforms)
+
+    return DataLoaders(*map(changed, dls.loaders), path=dls.path, device=dls.device)
+
+
 def class_notes(images: ImageTable, splits: list[np.ndarray], valid: str, weighted: bool) -> Iterator[str]:
     """What a user should know about the numbers of images per class."""
     train, *others = ([images.labels[row] for row in rows] for rows in splits)

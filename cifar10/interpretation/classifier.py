@@ -17,7 +17,7 @@ from cifar10.hardware import get_device, resolve_precision
 from cifar10.interpretation.gradcam import grad_cam
 from cifar10.interpretation.predictions import TTA
 from cifar10.recipes import Recipe
-from cifar10.runs.run import FORMAT, WEIGHTS
+from cifar10.runs.run import FORMAT, WEIGHTS, weights_file
 from cifar10.text import printable
 
 MIN_BATCHES_FOR_BAR = 8  # fewer end before anyone could read a progress bar
@@ -48,7 +48,7 @@ class ImageClassifier:
         `model_class` builds the model from its saved arguments.
         Raises `UserError` if there are no weights, or if they are damaged or of another format.
         """
-        path = Path(run) / WEIGHTS if Path(run).is_dir() else Path(run)
+        path = weights_file(run)
         try:
             tensors, about = load_tensors(path)
             if about.get("format") != FORMAT:

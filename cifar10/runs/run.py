@@ -29,6 +29,7 @@ from cifar10.signals import ignore_signals, is_distributed
 
 FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when this code can no longer read older files
 WEIGHTS = "model.safetensors"
+PRETRAINED = "pretrained.safetensors"  # a copy of the weights that the run started from, with which it can be resumed
 HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
 
 
@@ -102,7 +103,7 @@ class Run:
         """The options to resume with. Raises `UserError` if one of the `typed` ones would change the result."""
         typed = {name: value for name, value in typed.items() if value != "auto"}  # which makes no demand
         started_with = {name: value for name, value in vars(self.options).items() if value is not None}
-        known = asdict(self.recipe) | started_with | {"name": self.path.name}
+        known = asdict(self.recipe) | started_with | {"name": self.path.name, "recipe": self.recipe.name}
         for name, value in typed.items():
             if name not in ("data", "images", "resume", "runs_dir", "timeout") and value != known.get(name):
                 was = f"with {name}={known[name]}" if name in known else "without it"
@@ -188,7 +189,7 @@ class Run:
         data = {name: self.config["data"][name] for name in ("name", "classes", "size", "ranges", "mean", "std")}
         data["resize"] = self.options.resize
         about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
-        about["precision"] = self.options.precision
+        about |= dict(precision=self.options.precision, weights=self.options.weights)
         save_tensors(self.path / WEIGHTS, get_model(model).state_dict(), **about)
 
     def load_weights(self, model: nn.Module):
@@ -200,6 +201,11 @@ class Run:
             raise UserError(f"{self.path} is not a finished run: it has no {weights.name}") from None
         except RuntimeError as reason:
             raise UserError(f"{weights} does not fit the model: {shorten(str(reason), 200)}") from None
+
+
+def weights_file(run: str | Path) -> Path:
+    """The weights of a finished run, which are named by its folder or by themselves."""
+    return Path(run) / WEIGHTS if Path(run).is_dir() else Path(run)
 
 
 def check_folder(runs_dir: Path, name: str | None):

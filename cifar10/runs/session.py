@@ -1,6 +1,7 @@
 """A session: one launch of train.py, whether the run is new, resumed or restarted."""
 
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from cifar10.processes import (
 )
 from cifar10.recipes import Recipe
 from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
-from cifar10.runs.run import Run, check_folder, places
+from cifar10.runs.run import PRETRAINED, Run, check_folder, places, weights_file
 from cifar10.training import StopAtNaN, TimeEstimate
 
 
@@ -96,8 +97,11 @@ class Session:
         if self.is_resumed:
             self.run.check_data(learn)
         else:
+            self.recipe = learn.recipe
             self.run = from_rank0(Run.create)(options, self.recipe, learn)
             self.resources.enter_context(self.run.lock())
+            if self.weights:
+                on_rank0(shutil.copy)(weights_file(self.weights), self.run.path / PRETRAINED)
         run = self.run
         run.config["options"] |= places(images)  # where they are now
         run.update()
@@ -120,6 +124,12 @@ class Session:
         before, now = run.config["hardware"].get("processes", 1), max(1, num_distrib())
         if before != now:
             print(f"Started with {before} and resumed with {now} processes: the result is the same only up to rounding")
+
+    @property
+    def weights(self) -> str | Path | None:
+        """The weights to start from. A resumed run has a copy, because the original may have changed or moved."""
+        copy = self.run.path / PRETRAINED if self.is_resumed else None
+        return copy if copy and copy.is_file() else self.options.weights
 
     def set_lrs(self, recipe: Recipe):
         """Continue with a recipe whose learning rates are set, and record them in config.json."""

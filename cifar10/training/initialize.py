@@ -1,14 +1,43 @@
-"""How a recipe initializes the ResNet, where PyTorch's defaults are not the best start."""
+"""How the ResNet is initialized: as a recipe says, or with the layers of a trained model."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cifar10.errors import UserError
+from cifar10.recipes import Recipe
 
 WHITENING_EPS = 5e-4  # added to each variance, in units of a normalized image; below it there is mostly noise
 MIN_VARIANCE = 1e-4  # of an eigenvector that becomes a filter; gray or enlarged images have fainter ones
 WHITENED = 256  # images to look at, at least: in a few, a rare color may be missing, which the filters would not see
 PIXELS_AT_ONCE = 2**19  # in a channel; there are 27 numbers for each
+
+
+def initialize(model: Any, recipe: Recipe, batches: Iterable[Tensor]):
+    """Initialize the ResNet as the recipe says, see `init_dirac` and `init_whitening`."""
+    if recipe.init == "dirac":
+        init_dirac(model)
+    if recipe.whiten:
+        init_whitening(model.prep[0], model.prep[1], batches)
+
+
+def init_pretrained(model: Any, trained: Any, recipe: Recipe, trained_by: Recipe) -> Recipe:
+    """Copy all layers of a trained ResNet but the last; return the recipe that keeps fixed what was fixed there.
+
+    Raises `UserError` if the two differ in width or normalization.
+    """
+    ours, theirs = model.args, trained.args
+    for key in ("width", "norm", "logit_scale"):
+        if ours[key] != theirs[key]:
+            found = f"{key} {theirs[key]}, not {ours[key]}"
+            raise UserError(f"the weights are of a model with {found}; give --{key} {theirs[key]}")
+    body = {name: value for name, value in trained.state_dict().items() if not name.startswith("fc.")}
+    model.load_state_dict(body, strict=False)
+    model.prep[0].weight.requires_grad_(not trained_by.whiten)
+    return replace(recipe, whiten=trained_by.whiten, train_norm_scales=trained_by.train_norm_scales)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The one place where a Learner is built: model + recipe → optimizer, loss, callbacks, precision."""
 
+from collections import namedtuple
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -21,10 +22,18 @@ from cifar10.recipes import Recipe
 from cifar10.signals import is_distributed
 from cifar10.training.callbacks import EpochRecorder, Progress
 from cifar10.training.distributed import Distributed
-from cifar10.training.lr_finder import restored
+from cifar10.training.lr_finder import find_lrs, plot_lr_curve, restored
 from cifar10.training.optim import Muon
 from cifar10.training.strips import Strips
-from cifar10.training.tricks import CountFlop, FreezeLayers, GradientValueClip, L1Penalty, ProgressiveResize
+from cifar10.training.transfer import fit_head
+from cifar10.training.tricks import (
+    CountFlop,
+    FreezeLayers,
+    FreezeNormStats,
+    GradientValueClip,
+    L1Penalty,
+    ProgressiveResize,
+)
 
 
 class CPUMixedPrecision(MixedPrecision):
@@ -63,6 +72,7 @@ class Learner(learner.Learner):
 
     fixed: Collection[nn.Parameter] = ()
     lr_scales: Mapping[nn.Parameter, float] = {}
+    recipe: Recipe
 
     def __call__(self, event_name: str | list[str]):
         for name in L(event_name):
@@ -113,6 +123,26 @@ class Learner(learner.Learner):
 
         scheds = dict(lr=cycle(peaks / div, peaks, peaks / div_final), mom=cycle(*(moms or self.moms)))
         self.fit(n_epoch, wd=wd, cbs=[ParamScheduler(scheds), *L(cbs)], **kwargs)
+
+    def fine_tune(self, epochs, *args, **kwargs):
+        """Without more arguments, fit the last layer, and train all layers as the recipe says; else fastai's."""
+        if args or kwargs:
+            return super().fine_tune(epochs, *args, **kwargs)
+        recipe, lr = self.recipe, self.recipe.lr_max or self.lr
+        fit_head(self)
+        div = lr / recipe.lr_min if recipe.lr_min else 100
+        settings = dict(pct_start=recipe.peak_epoch / recipe.epochs, anneal_strategy=recipe.anneal_strategy)
+        self.fit_one_cycle(epochs, lr, div, 1e5 if recipe.annihilate else div, **settings)
+
+    def lr_find(self, *args, show_plot: bool = True, **kwargs):
+        """Without arguments, the sweep of train.py, whose `lr_max` comes before fastai's suggestions; else fastai's."""
+        if args or kwargs:
+            return super().lr_find(*args, show_plot=show_plot, **kwargs)
+        curve = find_lrs(self)
+        if show_plot:
+            plot_lr_curve(curve)
+        values = {"lr_max": curve.lr_max} | curve.suggestions
+        return namedtuple("SuggestedLRs", values)(**values)  # as in fastai
 
     def one_batch(self, i, b):
         device = torch.device(self.dls.device).type
@@ -168,13 +198,14 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
             *([L1Penalty(recipe.l1)] if recipe.l1 else []),
             *([ProgressiveResize(recipe)] if len(recipe.sizes) > 1 else []),
             *([FreezeLayers(recipe)] if recipe.freeze else []),
+            *([FreezeNormStats()] if not recipe.train_norm_stats else []),
             CountFlop(),
             *([Distributed()] if is_distributed() else []),
             *L(cbs),
         ],
     )
     learn = Learner(dls, model, **(settings | kwargs))
-    learn.precision = precision
+    learn.recipe, learn.precision = recipe, precision
     learn.fixed = [p for p in model.parameters() if not p.requires_grad]
     learn.lr_scales = {norm.bias: recipe.norm_bias_lr_scale for norm in norms if recipe.norm_bias_lr_scale != 1}
     return learn

@@ -79,6 +79,20 @@ class FreezeLayers(Callback):
         self.frozen = []
 
 
+class FreezeNormStats(Callback):
+    """Train with the running statistics of batch normalization, and keep them, as for validation.
+
+    A pretrained model's features stay what they are at first, however few and different the images of a batch are.
+    """
+
+    run_valid = False
+
+    def before_train(self):
+        for module in self.model.modules():
+            if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                module.eval()
+
+
 class CountFlop(Callback):
     """Sum up the floating-point operations of the model's forward and backward passes in `learn.recorder.flop`.
 

@@ -1,0 +1,207 @@
+"""Training that starts from the weights of another run."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from commandline import command
+from conftest import make_images
+from fastai.vision.all import Normalize, get_model, set_seed
+from torch import nn
+
+from cifar10.errors import UserError
+from cifar10.files import load_tensors
+from cifar10.interpretation import ImageClassifier
+from cifar10.options import Options
+from cifar10.recipes import FASTER, RECIPES
+from cifar10.runs import Run
+from cifar10.training.transfer import features, fit_head
+from model import ResNet
+from train import get_dls, get_learner
+
+NORMALIZED = dict(mean=[0.3, 0.4, 0.5], std=[0.2, 0.25, 0.3])
+
+
+@pytest.fixture(scope="module")
+def source(shapes, tmp_path_factory):
+    """A run, trained for a few steps by a recipe that keeps the scales of batch normalization."""
+    set_seed(0)
+    recipe = replace(FASTER, batch_size=16, epochs=2, peak_epoch=1)
+    dls = get_dls(shapes, recipe)
+    learn = get_learner(dls, recipe, width=4, precision="fp32")
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(2, 0.1)
+    run = Run.create(Options(runs_dir=str(tmp_path_factory.mktemp("runs")), name="source"), recipe, learn)
+    run.config["data"] |= NORMALIZED
+    run.save_weights(learn.model)
+    return run.path
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Images of three classes, one of which is new."""
+    folder = tmp_path_factory.mktemp("others") / "others"
+    return make_images(folder, train=12, test=8, classes=("bar", "cross", "ring"))
+
+
+@pytest.fixture
+def learn(source, others):
+    set_seed(0)
+    return get_learner(get_dls(others), weights=source, width=4, precision="fp32")
+
+
+def quiet(learn, function, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging():
+        return function(*args, **kwargs)
+
+
+def test_all_layers_but_the_last_are_those_of_the_run(learn, source):
+    weights = ImageClassifier.load(source, ResNet).model.state_dict()
+    ours = get_model(learn.model).state_dict()
+    assert ours["fc.weight"].shape == (3, 32) and weights["fc.weight"].shape == (2, 32)
+    assert all(torch.equal(ours[name], weights[name]) for name in weights if not name.startswith("fc."))
+    assert learn.recipe.name == "finetune" and not learn.recipe.train_norm_scales
+
+
+def test_images_are_normalized_as_in_the_run(source, others):
+    dls = get_dls(others)
+    before = [tfm for tfm in dls.after_batch.fs if isinstance(tfm, Normalize)]
+    learn = get_learner(dls, weights=source, width=4)
+    for loader in learn.dls.loaders:
+        (found,) = [tfm for tfm in loader.after_batch.fs if isinstance(tfm, Normalize)]
+        torch.testing.assert_close(found.mean.flatten(), torch.tensor(NORMALIZED["mean"]))
+        torch.testing.assert_close(found.std.flatten(), torch.tensor(NORMALIZED["std"]))
+    after = [tfm for tfm in dls.after_batch.fs if isinstance(tfm, Normalize)]
+    assert after == before and after[0] is not found  # another Learner's images stay as they were
+
+
+def test_what_the_run_kept_fixed_stays_fixed(learn):
+    before = {name: value.clone() for name, value in get_model(learn.model).state_dict().items()}
+    quiet(learn, learn.fine_tune, 1)
+    learn.freeze()
+    learn.unfreeze()
+    quiet(learn, learn.fit_one_cycle, 1, 0.05)
+    changed = {name for name, v in get_model(learn.model).state_dict().items() if not torch.equal(v, before[name])}
+    norms = {name for name, m in learn.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert "prep.0.weight" not in changed and not {f"{name}.weight" for name in norms} & changed
+    assert {"layer1.0.weight", "layer3.0.weight", "fc.weight"} <= changed
+
+
+def test_the_statistics_of_batch_normalization_stay(learn):
+    before = {name: value.clone() for name, value in learn.model.named_buffers()}
+    quiet(learn, learn.fine_tune, 2)
+    assert before and all(torch.equal(value, before[name]) for name, value in learn.model.named_buffers())
+
+
+@pytest.mark.parametrize("changed", [dict(width=8), dict(width=4, norm="layer")])
+def test_another_model_is_an_error(source, others, changed):
+    with pytest.raises(UserError, match=r"the weights are of a model with (width 4, not 8|norm batch, not layer)"):
+        get_learner(get_dls(others), weights=source, **changed)
+
+
+def test_the_last_layer_is_fitted_to_the_features(learn):
+    fit_head(learn)
+    x, y = features(learn)
+    fc = get_model(learn.model).fc
+    with torch.no_grad():
+        predicted = fc(torch.from_numpy(x)).argmax(dim=1).numpy()
+    assert (predicted == y).mean() > 0.95  # as many features as images
+    preds, targs = quiet(learn, learn.get_preds, dl=learn.dls.test_dl(learn.dls.train_ds.items, with_labels=True))
+    assert (preds.argmax(dim=1) == targs).float().mean() > 0.95  # the Learner's own predictions
+
+
+def test_the_last_layer_of_two_classes_is_that_of_the_logistic_regression(source, shapes):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    learn = get_learner(get_dls(shapes), weights=source, width=4, precision="fp32")
+    fit_head(learn)
+    x, y = features(learn)
+    scaled = StandardScaler().fit_transform(x)
+    expected = LogisticRegression(C=0.1, max_iter=1000).fit(scaled, y).predict_proba(scaled)
+    model = get_model(learn.model)
+    with torch.no_grad():
+        found = (model.fc(torch.from_numpy(x)) * model.logit_scale).softmax(dim=1)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_a_class_without_training_images_is_not_predicted(learn):
+    dls = learn.dls
+    few = [file for file in dls.train_ds.items if file.parent.name != "bar"]
+    learn.dls.train_ds.items[:] = few + few[: len(dls.train_ds.items) - len(few)]
+    fit_head(learn)
+    x, _ = features(learn)
+    with torch.no_grad():
+        assert not (get_model(learn.model).fc(torch.from_numpy(x)).argmax(dim=1) == dls.vocab.o2i["bar"]).any()
+
+
+def test_fine_tuning_learns(learn):
+    quiet(learn, learn.fine_tune, 4)
+    assert learn.recorder.values[-1][2] >= 0.75
+
+
+def test_the_options_of_fastai(learn):
+    """With more arguments, `fine_tune` is fastai's: it freezes all but the last group for an epoch."""
+    quiet(learn, learn.fine_tune, 1, 0.01, freeze_epochs=2)
+    assert len(learn.recorder.values) == 1 and not [tfm for tfm in learn.recorder.lrs if tfm > 0.01]
+
+
+def options(source, others, folder, *more):
+    return ("--data", others, "--weights", source, "--width", 4, "--epochs", 2, "--precision", "fp32",
+            "--runs_dir", folder, *more)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(source, others, tmp_path_factory):
+    """A finished run, and the place of the weights that it started from, which are gone."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    copy = shutil.copytree(source, folder / "source")
+    done = command("train.py", *options(copy, others, folder, "--name", "run"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(copy)
+    return folder / "run", str(copy)
+
+
+def test_a_run_records_where_it_started(finished):
+    run, source = finished
+    config = json.loads((run / "config.json").read_text())
+    assert config["options"]["weights"] == source and config["recipe"]["name"] == "finetune"
+    assert config["data"]["mean"] == pytest.approx(NORMALIZED["mean"])
+    _, about = load_tensors(run / "model.safetensors")
+    assert about["weights"] == source and about["data"]["std"] == pytest.approx(NORMALIZED["std"])
+    assert f"--weights {source}" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [0, 1])
+def test_it_resumes_exactly_without_the_run_that_it_started_from(finished, checkpoints, tmp_path):
+    """Also before its first checkpoint, when the last layer is still to be fitted."""
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    expected = (run / "model.safetensors").read_bytes()
+    (run / "metrics.json").unlink()
+    (run / "model.safetensors").unlink()
+    for checkpoint in sorted((run / "checkpoints").iterdir())[checkpoints:]:
+        checkpoint.unlink()
+    resumed = command("train.py", "--resume", run, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (run / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--weights", "nowhere"), "nowhere is neither the folder of a finished run nor its model.safetensors"),
+        (("--width", "8"), "the weights are of a model with width 4, not 8; give --width 4"),
+    ],
+)
+def test_mistakes(source, others, tmp_path, words, error):
+    done = command("train.py", *options(source, others, tmp_path), *words, cwd=tmp_path)
+    assert done.returncode == 2 and error in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_recipe_is_the_default_with_weights_only():
+    assert Options().recipe_name == "assignment" and Options(weights="run").recipe_name == "finetune"
+    assert Options(weights="run", recipe="fast").recipe_name == "fast" and set(RECIPES) > {"finetune"}
