@@ -50,18 +50,20 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
     return build_dls(images, transforms, **settings)
 
 
-def get_learner(dls, recipe: str | Recipe | None = None, norm="batch", width=64, precision="auto", weights=None,
-                **kw) -> Learner:  # fmt: skip
+def get_learner(dls, recipe: str | Recipe | None = None, norm="batch", width: int | None = None, precision="auto",
+                weights: str | Path | None = None, **kw) -> Learner:  # fmt: skip
     """A Learner that trains the ResNet on `dls`, as the recipe says; `kw` is passed on to fastai's Learner.
 
-    `weights`, the folder of a finished run or its model.safetensors, is where all layers but the last start from, and
-    whose mean and standard deviation normalize the images. The default recipe is then "finetune", not "assignment".
+    `width` is the number of channels of the first layer, by default the recipe's. `weights`, the folder of a finished
+    run or its model.safetensors, is where all layers but the last start from, and whose width, mean and standard
+    deviation are used. The default recipe is then "finetune", and otherwise "assignment".
     """
     recipe = recipe or ("finetune" if weights else "assignment")
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    trained = ImageClassifier.load(weights, ResNet, device="cpu") if weights else None
+    width = width or (trained.model.args["width"] if trained else recipe.width)
     model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
-    if weights:
-        trained = ImageClassifier.load(weights, ResNet, device="cpu")
+    if trained:
         recipe = init_pretrained(model, trained.model, recipe, trained.recipe)
         dls = with_stats(dls, trained.mean, trained.std)
     else:
@@ -108,7 +110,7 @@ def main(**typed):
             if session.weights:
                 fit_head(learn)
             session.set_lrs(choose_lrs(learn, session.recipe, run.path))
-        print(f"One cycle: {session.recipe.describe_cycle()}, {learn.precision}")
+        print(f"One cycle: {session.recipe.describe_cycle()}, width {run.model_args['width']}, {learn.precision}")
         fit(learn, session.recipe, session.callbacks(), session.start_epoch)
         report_run(learn, run, session.started)
 

@@ -46,7 +46,7 @@ class Options:
     clip: float | None = None  # limit for each value of a gradient; 0 for none (default: 0; the notebook uses 0.1)
     l1: float | None = None  # weight of an L1 penalty on all parameters (default: 0)
     norm: Annotated[str, choices("batch", "layer")] = "batch"  # normalization layer
-    width: Annotated[int, Bounds(1, 4096)] = 64  # channels of the first layer; 8 makes a small model for a quick try
+    width: int | None = None  # channels of the first layer (default: 64; 32 on the digits); 8 is for a quick try
     precision: Annotated[str, choices("auto", "fp32", "bf16", "fp16")] = "auto"  # auto picks the fastest
     device: Annotated[str, choices("auto", "cpu", "cuda", "mps")] = "auto"  # device to train on
     tracker: Annotated[str, choices("none", "tensorboard", "wandb")] = "none"  # also log to an experiment tracker

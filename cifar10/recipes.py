@@ -103,6 +103,9 @@ class Recipe:
     ns_steps: Annotated[int, Bounds(1, 20)] = 3  # of Newton-Schulz; more come closer to orthogonal and take longer
     clip: Annotated[float, AT_LEAST_0] = 0.0  # limit for each value of the gradient; 0 for none
 
+    # Model. As assigned: 64 channels after the first layer, and 128, 256 and 512 after the others.
+    width: Annotated[int, Bounds(1, 4096)] = 64
+
     # Loss and head.
     label_smoothing: Annotated[float, FRACTION] = 0.1  # limits overconfidence
     l1: Annotated[float, AT_LEAST_0] = 0.0  # weight of an L1 penalty on all parameters

@@ -30,8 +30,9 @@ from cifar10.files import LEFTOVERS, remove_leftovers, replacing
 CIFAR10_IMAGES = 60_000
 TIMEOUT = 20  # seconds to wait for an answer from the network
 ABANDONED = 24 * 3600  # seconds without a write after which a temporary folder is that of a killed process
-# Training on the digits takes a few epochs only, and a digit's mirror image is not a digit.
-DIGITS_DEFAULTS = {"epochs": 6, "flip": False}
+# The digits are for a first try: with a quarter of the operations in each step, and few steps. A digit's mirror image
+# is not a digit.
+DIGITS_DEFAULTS = {"epochs": 6, "width": 32, "flip": False}
 BATCHES = "cifar-10-batches-py"  # torchvision's folder
 # Encodings of names in zip archives, and how Unicode calls the letters that people write with them. Of the Chinese one,
 # only what it has in common with its predecessor: rare characters would make everything possible.

@@ -93,7 +93,7 @@ class Session:
         If interrupted before the session ends, it prints how to resume.
         """
         options, images = self.options, learn.dls.train.table
-        check_same(repr([self.recipe, learn.precision, options.norm, options.width]), "an option or the precision")
+        check_same(repr([self.recipe, learn.precision, options.norm]), "an option or the precision")
         if self.is_resumed:
             self.run.check_data(learn)
         else:

@@ -9,7 +9,7 @@ from cifar10.errors import UserError
 from cifar10.options import Options
 from cifar10.recipes import ASSIGNMENT, FAST, RECIPES, Recipe
 from model import NORMS
-from train import get_dls
+from train import get_dls, get_learner
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_norms_are_the_models():
 
 def test_what_was_given_replaces_the_recipe(shapes):
     images = ImageTable.open(shapes)
-    assert Options().resolve(images) == ASSIGNMENT.adapted(48)
+    assert Options().resolve(images) == ASSIGNMENT.adapted(48) and ASSIGNMENT.width == 64
     recipe = Options(recipe="fast", epochs=10, clip=0.1, flip=False, annihilate=False, batch_size=16).resolve(images)
     given = (recipe.epochs, recipe.clip, recipe.flip, recipe.annihilate, recipe.batch_size)
     assert given == (10, 0.1, False, False, 16) and (recipe.lr_max, recipe.sizes) == (FAST.lr_max, FAST.sizes)
@@ -64,10 +64,13 @@ def test_what_was_given_replaces_the_recipe(shapes):
 
 
 def test_data_sets_have_defaults_of_their_own(digits):
-    """Digits are not flipped unless asked for, and few epochs are enough."""
+    """Digits are not flipped unless asked for, and few epochs and half the width are enough."""
     images = digits.train.table
     recipe = Options().resolve(images)
     assert (recipe.epochs, recipe.flip, recipe.batch_size) == (6, False, 64) and recipe.peak_epoch == 5 / 4
+    assert get_learner(digits, recipe).model.args["width"] == 32
+    assert get_learner(digits, Options(width=48).resolve(images)).model.args["width"] == 48
+    assert get_learner(digits, recipe, width=8).model.args["width"] == 8
     assert Options(flip=True).resolve(images).flip and not Options(flip=False).resolve(images).flip
 
 
