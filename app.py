@@ -98,7 +98,7 @@ def build(classifier: ImageClassifier, folder: Path):
                 if examples:
                     gr.Examples(examples, file, label="Images that the model has not been trained on")
             with gr.Column():
-                label = gr.Label(label="Probabilities", elem_id="label")
+                label = gr.Label(label=(classifier.temperature_note or "probabilities").capitalize(), elem_id="label")
                 heat = gr.Image(
                     label="Grad-CAM: where the evidence lies", elem_id="heat", interactive=False,
                     buttons=["download", "fullscreen"],  # and none that shares it

@@ -1,7 +1,7 @@
 """Export a finished run to run elsewhere: `python export.py RUN --onnx model.onnx`, or `--torch model.pt2`.
 
 Both take uint8 images `(N, 3, size, size)`, any number at a time, and return probabilities `(N, classes)`. The class
-names are in the metadata.
+names, and the temperature of the probabilities, are in the metadata.
 """
 
 from dataclasses import dataclass
@@ -51,11 +51,13 @@ class WithPreprocessing(nn.Module):
         super().__init__()
         self.model = classifier.model.to(memory_format=torch.contiguous_format)
         self.model.pool = nn.MaxPool2d(classifier.size // 8)  # ONNX has no AdaptiveMaxPool2d
+        self.temperature = classifier.temperature
         self.register_buffer("mean", classifier.mean)
         self.register_buffer("std", classifier.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model((images.float() / 255 - self.mean) / self.std).softmax(dim=1)
+        logits = self.model((images.float() / 255 - self.mean) / self.std)
+        return (logits / self.temperature).softmax(dim=1)
 
 
 def check(name: str, expected: Tensor, found: Tensor):
@@ -72,6 +74,9 @@ def main(**typed):
     classifier = ImageClassifier.load(options.run, ResNet, device="cpu")
     module = WithPreprocessing(classifier).eval()
     about = {"classes": json.dumps(classifier.classes, ensure_ascii=False), "data": classifier.name}
+    about["temperature"] = str(classifier.temperature)
+    if classifier.temperature_note:
+        print(classifier.temperature_note)
     generator, shape = torch.Generator().manual_seed(0), (N_CHECK_IMAGES, 3, classifier.size, classifier.size)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     with torch.no_grad():

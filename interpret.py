@@ -51,7 +51,7 @@ def main(**typed):
         model = ResNet(**finished.model_args)
     except (TypeError, ValueError) as reason:
         raise UserError(f"{options.run}/config.json does not describe a model ({reason})") from None
-    finished.load_weights(model)
+    temperature = finished.load_weights(model)
     names = ("skip_broken", "images", "image_column", "label_column", "split_column")
     changes = {name: value for name in names if (value := getattr(options, name))}
     reading = replace(Reading.of(finished.options), **changes)
@@ -81,7 +81,7 @@ def main(**typed):
     if own:
         finished.check_data(learn)
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = write_report(learn, finished, folder, about, options.tta)
+    metrics = write_report(learn, finished, folder, about, temperature, options.tta)
     if folder != finished.path:
         write_json(folder / "metrics.json", metrics)
     elif options.tta:

@@ -16,7 +16,7 @@ class Options:
     topk: Annotated[int, Bounds(1), "classes to show for each image"] = 3
     tta: Annotated[bool, "average the predictions for shifted and mirrored views of each image"] = False
     gradcam: Annotated[str | None, "folder for plots that show where the evidence for the likeliest class lies"] = None
-    json: Annotated[cli.OutputFile, "JSON file for the probabilities of all classes"] = None
+    json: Annotated[cli.OutputFile, "JSON file for the probabilities of all classes, and their temperature"] = None
     csv: Annotated[cli.OutputFile, "CSV file for the table"] = None
 
     def __post_init__(self):
@@ -91,13 +91,16 @@ def main(**typed):
         if options.gradcam:
             for i, row in zip(good, preds, strict=True):
                 write_grad_cam(classifier, some[i], row, Path(options.gradcam))
+    if classifier.temperature_note:
+        print(classifier.temperature_note, file=sys.stderr)
     preds = torch.cat(probabilities)
     table = pd.DataFrame({"image": names})
     for k, (values, numbers) in enumerate(zip(*(best.T.tolist() for best in preds.topk(topk))), start=1):
         table[f"class {k}"], table[f"probability {k}"] = [classifier.classes[number] for number in numbers], values
     if options.json:
         by_class = (dict(zip(classifier.classes, row, strict=True)) for row in preds.tolist())
-        write_json(Path(options.json), dict(zip(names, by_class, strict=True)))
+        images = dict(zip(names, by_class, strict=True))
+        write_json(Path(options.json), dict(temperature=classifier.temperature, probabilities=images))
     if options.csv:
         write_csv(Path(options.csv), list(table), table.values)
     if options.json or options.csv:

@@ -74,7 +74,9 @@ def test_the_accuracy_of_the_run(run, photos, tmp_path):
     rows, metrics = table_of(tmp_path / "t.csv"), json.loads((run / "metrics.json").read_text())
     correct = [row["class 1"] == row["image"].split("/")[-2] for row in rows]
     assert len(rows) == 16 and sum(correct) / 16 == metrics["accuracy"]
-    probabilities = json.loads((tmp_path / "t.json").read_text())
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert found["temperature"] == 1 and not done.stderr  # no images to fit it on
+    probabilities = found["probabilities"]
     assert {*probabilities} == {row["image"] for row in rows}
     assert all(sum(p.values()) == pytest.approx(1, abs=1e-5) for p in probabilities.values())
 

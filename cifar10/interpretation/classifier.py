@@ -28,14 +28,17 @@ class ImageClassifier:
 
     `classes` are the names of the outputs, and `names` how they are displayed. `size` is the images' side in pixels;
     `resize`, `ranges`, `mean` and `std` turn images into inputs, as in training. `device` and `precision` are as in
-    training, "auto" for the fastest here.
+    training, "auto" for the fastest here. Probabilities are softmax(logits / `temperature`), which is 1 unless the run
+    had validation images beside the test images to fit it on.
     """
 
-    def __init__(self, model: nn.Module, data: dict[str, Any], recipe: Recipe, device="auto", precision="auto"):
+    def __init__(self, model: nn.Module, data: dict[str, Any], recipe: Recipe, device="auto", precision="auto",
+                 temperature: float = 1.0):  # fmt: skip
         self.device = get_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore
         self.recipe, self.name, self.classes, self.size = recipe, data["name"], list(data["classes"]), int(data["size"])
+        self.temperature = temperature
         self.names = [printable(label) for label in self.classes]
         self.resize = data.get("resize", "crop")  # as all weights were trained that don't say
         self.ranges = {kind: tuple(limits) for kind, limits in data["ranges"].items()}
@@ -55,8 +58,12 @@ class ImageClassifier:
                 raise UserError(f"{path} has format {about.get('format')}, not {FORMAT}; train again")
             model = model_class(**about["model"])
             model.load_state_dict(tensors)
-            recipe = Recipe.from_json(about["recipe"])
-            return cls(model, about["data"], recipe, device, "fp32" if about.get("precision") == "fp32" else "auto")
+            recipe, precision = (
+                Recipe.from_json(about["recipe"]),
+                "fp32" if about.get("precision") == "fp32" else "auto",
+            )
+            temperature = float(about.get("temperature") or 1)  # older weights have none
+            return cls(model, about["data"], recipe, device, precision, temperature)
         except CorruptFileError as damage:
             raise UserError(f"{damage}; copy it again, or train again") from None
         except OSError:
@@ -65,6 +72,13 @@ class ImageClassifier:
             raise UserError(f"{run} is neither the folder of a finished run nor its {WEIGHTS}; give either") from None
         except (LookupError, RuntimeError, TypeError, AttributeError) as reason:
             raise UserError(f"{path} does not hold a model of this program ({str(reason)[:200]})") from None
+
+    @property
+    def temperature_note(self) -> str:
+        """What a user should know about the probabilities; empty if they are the model's own."""
+        if self.temperature == 1:
+            return ""
+        return f"probabilities with a temperature of {self.temperature:.2f}, fitted on the run's validation images"
 
     def decode(self, image) -> np.ndarray:
         """Like `decode_image`, as in training."""
@@ -86,7 +100,7 @@ class ImageClassifier:
         for batch in progress_bar(batches, leave=False) if visible else batches:
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                 logits = model(self.normalize(batch)).float()
-            probabilities.append(logits.softmax(dim=1).cpu())
+            probabilities.append((logits / self.temperature).softmax(dim=1).cpu())
         return torch.cat([torch.empty(0, len(self.classes)), *probabilities])
 
     def predict(self, images: Sequence | Any, tta: bool = False) -> Tensor:

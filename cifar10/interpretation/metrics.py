@@ -80,6 +80,7 @@ def summarize(interp: Interpretation, temperature: float | None = None) -> dict[
     """The metrics of an `Interpretation`, as in metrics.json."""
     metrics = dict(
         accuracy=interp.accuracy,
+        mean_probability=interp.preds.amax(dim=1).double().mean().item(),  # of the predicted classes
         accuracy_interval=confidence_interval(interp),
         most_common_class=interp.targs.bincount().max().item() / len(interp.targs),  # its share of the images
         loss=interp.losses.mean().item(),

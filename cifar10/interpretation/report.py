@@ -26,6 +26,7 @@ from cifar10.runs.run import Run
 from cifar10.text import plural, printable
 
 N_SUSPECTS, N_EXAMPLES = 20, 10
+WELL_CALIBRATED = 0.005  # difference between mean probability and accuracy below which neither is called too high
 NOTEBOOK = Path(__file__).parents[2] / "results/notebook/log.csv"  # of the assignment
 CIFAR10_SHA256 = "2ebad64464aa84e29315dc092b00cf79fb98223a601e0112bf2a17411e9908bc"  # `ImageTable.hash` of CIFAR-10
 PLOTS = {  # file → what draws it from the predictions (the others are drawn in training), its title, its caption
@@ -91,6 +92,29 @@ def baseline(metrics: dict[str, Any]) -> str:
     return f"Always predicting the most common class would give {share:.2%}{verdict}."
 
 
+def calibration(metrics: dict[str, Any], label_smoothing: float) -> str:
+    """How far the probabilities are off, in which direction and why, and what corrects them."""
+    said = (
+        "The expected calibration error, the mean difference between probability and accuracy, is"
+        f" {metrics['calibration_error']:.1%}"
+    )
+    if metrics["temperature"]:
+        error = metrics["calibration_error_with_temperature"]
+        return (
+            f"{said}, and {error:.1%} with a temperature of {metrics['temperature']:.2f}, which was fitted on the run's"
+            " validation images. predict.py, app.py and export.py use it; the plots and the loss are without it."
+        )
+    mean = metrics["mean_probability"]
+    if abs(mean - metrics["accuracy"]) < WELL_CALIBRATED:
+        return f"{said}."
+    if mean > metrics["accuracy"]:
+        return f"{said}: the probabilities are too high, {mean:.1%} on average."
+    said += f": the probabilities are too low, {mean:.1%} on average."
+    if label_smoothing:
+        said += " Label smoothing makes them so; the loss and this error look worse than the model is."
+    return said
+
+
 def statements(run: Run, metrics: dict[str, Any], own: bool) -> str:
     """What the numbers say, as a list; of CIFAR-10's test images, also the accuracy of the assignment's notebook."""
     low, high = metrics["accuracy_interval"]
@@ -98,16 +122,10 @@ def statements(run: Run, metrics: dict[str, Any], own: bool) -> str:
         f"The 95% confidence interval of the accuracy (Wilson's) is {low:.2%} to {high:.2%}.",
         baseline(metrics),
         f"The mean cross-entropy loss is {metrics['loss']:.4f}.",
-        f"The expected calibration error, the mean difference between probability and accuracy, is"
-        f" {metrics['calibration_error']:.1%}.",
+        calibration(metrics, run.recipe.label_smoothing),
     ]
     if "tta_accuracy" in metrics:
         said.insert(0, f"The accuracy with test-time augmentation is {metrics['tta_accuracy']:.2%}.")
-    if metrics["temperature"]:
-        error = metrics["calibration_error_with_temperature"]
-        said.append(
-            f"With a temperature of {metrics['temperature']:.2f}, fitted on the validation images, it is {error:.1%}."
-        )
     if own and run.sha256 == CIFAR10_SHA256 and run.options.valid == "test" and NOTEBOOK.is_file():
         said.append(
             f"The accuracy of the assignment's notebook is {read_csv(NOTEBOOK)['test_accuracy_percent'][-1]:.2f}%."
@@ -164,7 +182,7 @@ def facts(run: Run, metrics: dict[str, Any]) -> str:
         "command": command(run.options),
         "data": f"{printable(data['name'])}: {splits} images of {plural(len(data['classes']), 'class')},"
         f" {run.size}×{run.size} pixels",
-        "recipe": f"{recipe.name}: {recipe.describe_cycle()}",
+        "recipe": f"{recipe.name}: {recipe.describe_cycle()}, width {run.model_args['width']}",
         "duration": f"{metrics['seconds']:,.0f} seconds, {metrics['images_per_second']:,.0f} images per second,"
         f" {metrics['pflop']:.3g} PFLOP",
         "hardware": hardware["gpu"] if run.options.device == "cuda" else cpu,
@@ -202,19 +220,24 @@ def save_images(interp: Interpretation, folder: Path):
             to_pil_image(pixels).save(folder / name / f"{number:02}-{title.replace('/', '_')}.png")
 
 
-def write_report(learn: Learner, run: Run, folder: Path, images: str, tta: bool = True, **trained) -> dict[str, Any]:
+def validation_temperature(learn: Learner) -> float | None:
+    """The temperature for the model's probabilities, fitted on the validation images if there are others to test on."""
+    if len(learn.dls.loaders) < 3:
+        return None
+    preds, targs = learn.get_preds(dl=learn.dls.valid)
+    # Without a mistake, the best temperature would be zero.
+    return fit_temperature(preds, targs) if (preds.argmax(dim=1) != targs).any() else None
+
+
+def write_report(learn: Learner, run: Run, folder: Path, images: str, temperature: float | None, tta: bool = True,
+                 **trained) -> dict[str, Any]:  # fmt: skip
     """Write the report of a run's model into a folder, with plots; with curves if it is the run's own folder.
 
-    The report is on the test images, or on the validation images if there are no others; then no temperature is
-    fitted. `images` says which ones they are, `trained` are metrics of the training run if it has just ended. Returns
-    the metrics, with `trained`.
+    The report is on the test images, or on the validation images if there are no others. `images` says which ones they
+    are, `temperature` is the one of the saved weights, `trained` are metrics of the training run if it has just ended.
+    Returns the metrics, with `trained`.
     """
     interp = Interpretation(learn, learn.dls[len(learn.dls.loaders) - 1])
-    temperature = None
-    if len(learn.dls.loaders) > 2:
-        preds, targs = learn.get_preds(dl=learn.dls.valid)
-        if (preds.argmax(dim=1) != targs).any():  # or the best temperature would be zero
-            temperature = fit_temperature(preds, targs)
     if missing := fonts_for("".join(interp.names))[1]:
         letters = "".join(sorted(missing)[:20])
         print(f"No font here has {letters}: plots show these classes by their number in report.md")
@@ -252,17 +275,15 @@ def report_run(learn: Learner, run: Run, started: float):
 
     `started` is when the run would have started if it had never been interrupted, in seconds.
     """
-    run.save_weights(learn.model)
     recipe, seconds = run.recipe, learn.recorder.train_seconds
-    metrics = write_report(
-        learn,
-        run,
-        run.path,
-        f"{run.config['data']['name']} {eval_split_name(learn.dls.train.table, run.options.valid)} images",
+    trained = dict(  # before predictions reset the recorder
         epochs=recipe.epochs,
-        seconds=time.time() - started,  # without the time between an interruption and the resumption
         seconds_training=seconds,  # without validation
         pflop=learn.recorder.flop / 1e15,  # of the training steps
         images_per_second=recipe.epochs * len(learn.dls.train) * learn.dls.bs / seconds,
     )
-    run.write_metrics(**metrics)
+    temperature = validation_temperature(learn)
+    run.save_weights(learn.model, temperature)
+    trained["seconds"] = time.time() - started  # without the time between an interruption and the resumption
+    images = f"{run.config['data']['name']} {eval_split_name(learn.dls.train.table, run.options.valid)} images"
+    run.write_metrics(**write_report(learn, run, run.path, images, temperature, **trained))

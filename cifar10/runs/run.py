@@ -184,19 +184,27 @@ class Run:
         """Add or replace entries of metrics.json, which a finished run has."""
         write_json(self.path / "metrics.json", self.metrics | metrics)
 
-    def save_weights(self, model: nn.Module):
-        """`WEIGHTS`: parameters, buffers, and what it takes to use them without this folder."""
+    def save_weights(self, model: nn.Module, temperature: float | None = None):
+        """`WEIGHTS`: parameters, buffers, and what it takes to use them without this folder.
+
+        `temperature` is the number to divide logits by for probabilities, `None` if none was fitted.
+        """
         data = {name: self.config["data"][name] for name in ("name", "classes", "size", "ranges", "mean", "std")}
         data["resize"] = self.options.resize
         about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
-        about |= dict(precision=self.options.precision, weights=self.options.weights)
+        about |= dict(precision=self.options.precision, weights=self.options.weights, temperature=temperature)
         save_tensors(self.path / WEIGHTS, get_model(model).state_dict(), **about)
 
-    def load_weights(self, model: nn.Module):
-        """Load `WEIGHTS`. Nothing is unpickled. Raises `UserError` if it is missing or does not fit."""
+    def load_weights(self, model: nn.Module) -> float | None:
+        """Load `WEIGHTS`; returns their temperature. Nothing is unpickled.
+
+        Raises `UserError` if the file is missing or does not fit.
+        """
         weights = self.path / WEIGHTS
         try:
-            model.load_state_dict(load_tensors(weights)[0])
+            tensors, about = load_tensors(weights)
+            model.load_state_dict(tensors)
+            return about.get("temperature")
         except FileNotFoundError:
             raise UserError(f"{self.path} is not a finished run: it has no {weights.name}") from None
         except RuntimeError as reason:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from cifar10.interpretation.metrics import summarize
-from cifar10.interpretation.report import as_page, baseline, class_sections, escape, markdown_table
+from cifar10.interpretation.report import as_page, baseline, calibration, class_sections, escape, markdown_table
 
 
 def sections(interp) -> str:
@@ -54,3 +54,28 @@ def test_a_model_that_knows_only_the_most_common_class(interp, correct, beats):
     said = baseline(summarize(other))
     assert said.startswith("Always predicting the most common class would give 50.00%")
     assert said.endswith(", which the model does not beat with confidence.") != beats
+
+
+@pytest.mark.parametrize(
+    ("mean", "smoothing", "says"),
+    [
+        (
+            0.85,
+            0.1,
+            r"too low, 85\.0% on average\. Label smoothing makes them so; the loss and this .*",
+        ),
+        (0.85, 0.0, r"too low, 85\.0% on average\."),
+        (0.97, 0.1, r"too high, 97\.0% on average\."),
+    ],
+)
+def test_in_which_direction_probabilities_are_off(mean, smoothing, says):
+    metrics = dict(accuracy=0.9, mean_probability=mean, calibration_error=0.05, temperature=None)
+    said = calibration(metrics, smoothing)
+    assert re.search(f"is 5\\.0%: the probabilities are {says}$", said)
+
+
+def test_probabilities_that_are_right_or_corrected():
+    metrics = dict(accuracy=0.9, mean_probability=0.903, calibration_error=0.012, temperature=None)
+    assert calibration(metrics, 0.1).endswith("is 1.2%.")
+    metrics |= dict(temperature=0.5, calibration_error_with_temperature=0.004)
+    assert "is 1.2%, and 0.4% with a temperature of 0.50, which was fitted" in calibration(metrics, 0.1)

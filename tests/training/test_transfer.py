@@ -36,7 +36,7 @@ def source(shapes, tmp_path_factory):
         learn.fit_one_cycle(2, 0.1)
     run = Run.create(Options(runs_dir=str(tmp_path_factory.mktemp("runs")), name="source"), recipe, learn)
     run.config["data"] |= NORMALIZED
-    run.save_weights(learn.model)
+    run.save_weights(learn.model, None)
     return run.path
 
 
