@@ -19,18 +19,20 @@ from cifar10.hardware import collect_env
 from cifar10.interpretation.predictions import Interpretation, tta_accuracy
 from cifar10.options import Options
 from cifar10.recipes import RECIPES, Recipe, choices
-from cifar10.training.callbacks import StopAtNaN
+from cifar10.training import StopAtNaN, fit_head
 from compare import spread
 from train import choose_lrs, fit, get_dls, get_learner
 
 
-def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int = 64) -> dict[str, Any]:
+def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int = 64, weights=None) -> dict[str, Any]:
     """The metrics of a training run by a recipe: with the LR finder, if it has one, and validation. Needs no folder."""
     begin = now(dls.device)
     set_seed(seed, reproducible=True)
     dls.train.rng.seed(seed)  # which draws the order of the images
-    learn = get_learner(dls, recipe, width=width)
+    learn = get_learner(dls, recipe, width=width, weights=weights)
     with learn.no_bar(), learn.no_logging():
+        if weights:
+            fit_head(learn)
         chosen = choose_lrs(learn, recipe)
         fit(learn, chosen, [StopAtNaN()])
         seconds, recorder = now(dls.device) - begin, learn.recorder

@@ -14,11 +14,9 @@ STRENGTH = 0.1  # C of the logistic regression on standardized features: near th
 
 
 @torch.no_grad()
-def features(learn: Learner) -> tuple[np.ndarray, np.ndarray]:
-    """What the last layer gets of at most `MOST` training images, `(N, features)`, and their classes, `(N,)`."""
-    files, model = learn.dls.train_ds.items, get_model(learn.model)
-    rows = np.random.default_rng(0).permutation(len(files))[:MOST]
-    dl = learn.dls.test_dl([files[row] for row in rows], with_labels=True)  # as for validation, without augmentation
+def features(learn: Learner, files: list) -> tuple[np.ndarray, np.ndarray]:
+    """What the last layer gets of images, without augmentation: `(N, features)`, and their classes, `(N,)`."""
+    dl, model = learn.dls.test_dl(files, with_labels=True), get_model(learn.model)
     found, labels = [], []
     model.eval()
     with hook_output(model.pool) as hook:
@@ -35,7 +33,9 @@ def fit_head(learn: Learner):
     Training that starts from random weights in the last layer would first distort the features.
     Source: Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", 2022.
     """
-    x, y = features(learn)
+    files = learn.dls.train_ds.items
+    some = np.random.default_rng(0).permutation(len(files))[:MOST]
+    x, y = features(learn, [files[i] for i in some])
     mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

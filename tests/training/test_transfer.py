@@ -104,7 +104,7 @@ def test_another_model_is_an_error(source, others, changed):
 
 def test_the_last_layer_is_fitted_to_the_features(learn):
     fit_head(learn)
-    x, y = features(learn)
+    x, y = features(learn, learn.dls.train_ds.items)
     fc = get_model(learn.model).fc
     with torch.no_grad():
         predicted = fc(torch.from_numpy(x)).argmax(dim=1).numpy()
@@ -119,7 +119,7 @@ def test_the_last_layer_of_two_classes_is_that_of_the_logistic_regression(source
 
     learn = get_learner(get_dls(shapes), weights=source, width=4, precision="fp32")
     fit_head(learn)
-    x, y = features(learn)
+    x, y = features(learn, learn.dls.train_ds.items)
     scaled = StandardScaler().fit_transform(x)
     expected = LogisticRegression(C=0.1, max_iter=1000).fit(scaled, y).predict_proba(scaled)
     model = get_model(learn.model)
@@ -133,7 +133,7 @@ def test_a_class_without_training_images_is_not_predicted(learn):
     few = [file for file in dls.train_ds.items if file.parent.name != "bar"]
     learn.dls.train_ds.items[:] = few + few[: len(dls.train_ds.items) - len(few)]
     fit_head(learn)
-    x, _ = features(learn)
+    x, _ = features(learn, learn.dls.train_ds.items)
     with torch.no_grad():
         assert not (get_model(learn.model).fc(torch.from_numpy(x)).argmax(dim=1) == dls.vocab.o2i["bar"]).any()
 

@@ -1,0 +1,114 @@
+"""Small data sets: `python -m benchmarks.small birds/ leaves/labels.csv --out results/small.json`
+
+How well four models classify the validation images of each data set, with the defaults of train.py:
+`finetune` starts from the weights of another run; `frozen` is a logistic regression on the features that these weights
+give, its regularization chosen by cross-validation on the training images; `scratch` is trained from the beginning; and
+`plain` is a plain fastai Learner with the same model and PyTorch's initialization, for as many steps as `scratch`.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import numpy as np
+from fastai import learner
+from fastai.vision.all import accuracy, set_seed
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from benchmarks.seeds import train_once
+from cifar10 import cli
+from cifar10.cli import OutputFile
+from cifar10.data.table import ImageTable
+from cifar10.files import write_json
+from cifar10.hardware import collect_env
+from cifar10.interpretation import markdown_table
+from cifar10.options import Options
+from cifar10.training.transfer import features
+from model import ResNet
+from train import get_dls, get_learner
+
+STRENGTHS = np.logspace(-5, 1, 7)  # C of the logistic regression
+MODELS = ("frozen", "finetune", "scratch", "plain")
+
+
+def frozen(images: ImageTable, weights: str) -> float:
+    """The accuracy of a logistic regression on the features of the weights."""
+    learn = get_learner(get_dls(images, Options(weights=weights).resolve(images)), weights=weights)
+    (x, y), (x_valid, y_valid) = (features(learn, part.items) for part in (learn.dls.train_ds, learn.dls.valid_ds))
+    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=STRENGTHS, cv=5, max_iter=1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about folds without a rare class, and slow convergence
+        return model.fit(x, y).score(x_valid, y_valid)
+
+
+def plain(images: ImageTable, seed: int) -> float:
+    """The accuracy of a plain fastai Learner."""
+    recipe = Options().resolve(images)
+    set_seed(seed, reproducible=True)
+    learn = learner.Learner(get_dls(images, recipe), ResNet(len(images.classes)), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(recipe.epochs)
+    return float(learn.recorder.values[-1][-1])
+
+
+def measure(images: ImageTable, model: str, seed: int, weights: str) -> float:
+    """The accuracy of one of `MODELS`."""
+    if model == "frozen":
+        return frozen(images, weights)
+    if model == "plain":
+        return plain(images, seed)
+    recipe = Options(weights=weights if model == "finetune" else None).resolve(images)
+    start = weights if model == "finetune" else None
+    return train_once(get_dls(images, recipe), recipe, seed, weights=start)["accuracy"]
+
+
+def about(images: ImageTable) -> dict[str, Any]:
+    """What a data set is, and how often its most common class would be right."""
+    train, valid, *_ = images.split_rows("test")
+    labels = [images.labels[row] for row in train]
+    common = max(images.classes, key=labels.count)
+    share = mean(images.labels[row] == common for row in valid)
+    sizes = dict(classes=len(images.classes), train=len(train), valid=len(valid), size=images.size)
+    return sizes | dict(sha256=images.hash, most_common=share, accuracies={})
+
+
+def table(results: dict) -> str:
+    rows = []
+    for name, found in results["sets"].items():
+        scores = [list(found["accuracies"].get(model, {}).values()) for model in MODELS]
+        cells = [f"{mean(values):.1%}" if values else "" for values in scores]
+        rows.append([name, found["classes"], found["train"], found["valid"], f"{found['most_common']:.1%}", *cells])
+    return markdown_table(["images", "classes", "train", "valid", "most common class", *MODELS], rows, right=8)
+
+
+def main(
+    data: Annotated[str, {"nargs": "+"}],  # data sets, as for train.py
+    weights: str = "results/cifar10-best",  # as for train.py
+    models: str = ",".join(MODELS),  # which ones to measure
+    seeds: int = 3,  # runs of each model
+    size: int = 32,  # as for train.py
+    out: OutputFile = None,  # JSON file for the results, to which those of other data sets and models are added
+):
+    "Compare fine-tuning and training from scratch on small data sets."
+    results: dict[str, Any] = json.loads(Path(out).read_text("utf-8")) if out and Path(out).is_file() else {"sets": {}}
+    for path in data:
+        images = ImageTable.open(path, size=size)
+        name = images.name if size == 32 else f"{images.name}, {size} pixels"
+        found = results["sets"].setdefault(name, about(images))
+        for model in models.split(","):
+            accuracies = found["accuracies"].setdefault(model, {})
+            for seed in range(1 if model == "frozen" else seeds):
+                if str(seed) not in accuracies:
+                    accuracies[str(seed)] = measure(images, model, seed, weights)
+                    print(f"{name}, {model}, seed {seed}: {accuracies[str(seed)]:.1%}", flush=True)
+                    if out:
+                        write_json(Path(out), collect_env() | dict(weights=weights) | results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    cli.run(main)
