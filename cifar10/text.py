@@ -14,6 +14,13 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
 
 
+def duration(seconds: float) -> str:
+    """`40 seconds`, `12 minutes`, `2.5 hours`."""
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 100 * 60 else f"{seconds / 3600:.1f} hours"
+
+
 def enumerate_names(names: Iterable[str], separator: str = ", ", most: int = 20) -> str:
     """The first names, and how many more there are."""
     names = list(map(printable, names))

@@ -165,7 +165,9 @@ def choose_columns(
 
     def fail(why: str) -> NoReturn:
         first = image or next(name for name in rows if name != label)
-        guess = label or next((name for name in reversed(rows.columns) if name != first), "COLUMN")
+        others = [name for name in rows if name != first]
+        repeated = [name for name in others if 1 < rows[name].nunique() < len(rows)]  # as classes are
+        guess = label or next(iter([*repeated, *others]), "COLUMN")
         options = ["--data", str(table), "--image_column", first, "--label_column", guess]
         raise UserError(f"{table} has the columns {enumerate_names(rows)}; {why}, like {shlex.join(options)}")
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-from datetime import datetime, timedelta
 
 import numpy as np
 import torch
@@ -11,11 +10,11 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Recorder
 from fastai.metrics import accuracy
 from fastcore.foundation import L
-from fastprogress.fastprogress import format_time
 from torch import Tensor
 
 from cifar10.errors import UserError
 from cifar10.recipes import Recipe
+from cifar10.text import duration
 from cifar10.training.lr_finder import SWEEP
 
 SYNC_EVERY = 50  # steps on a GPU: reading a number makes the host wait until the GPU is done
@@ -185,14 +184,13 @@ class TimeEstimate(Callback):
             self.report(step, epochs, step * float(training + validation))
 
     def report(self, step: float, epochs: int, seconds: float):
-        end = datetime.now() + timedelta(seconds=seconds)
         what = f"{epochs} epoch{'s' * (epochs > 1)}" + " and the LR finder" * bool(self.sweep)
-        message = f"{what} will take about {format_time(seconds)}, until {end:%H:%M} ({1000 * step:.0f} ms per step)."
+        message = f"{what} will take about {duration(seconds)} ({1000 * step:.0f} ms per step)."
         short = 1 + epochs // 8
         on_cpu, by_assignment = torch.device(self.dls.device).type == "cpu", self.recipe.name == "assignment"
         if on_cpu and by_assignment and not self.start_epoch and seconds > 3600 and short < epochs:
             message += (
                 f" A GPU is much faster. On this CPU, --epochs {short} --peak_epoch 1 takes about"
-                f" {format_time(seconds * short / epochs)}; --recipe faster is made for CPUs."
+                f" {duration(seconds * short / epochs)}; --recipe faster is made for CPUs."
             )
         self.progress.mbar.write(message) if hasattr(self, "progress") else print(message)
