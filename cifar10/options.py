@@ -38,7 +38,7 @@ class Options:
     images: str | None = None  # folder that a table's paths are relative to (default: the table's)
     epochs: int | None = None  # passes over the training images (default: the recipe's; 6 on the digits)
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, scaled with epochs)
-    batch_size: int | None = None  # images per step (default: the recipe's; at most 64 for fewer than 10,000 images)
+    batch_size: int | None = None  # images per step (default: the recipe's; from 16 to 64 for fewer than 10,000 images)
     lr_max: float | None = None  # highest learning rate (default: the recipe's, or from the LR finder)
     lr_min: float | None = None  # initial learning rate (default: the recipe's part of lr_max, found, or lr_max / 100)
     annihilate: Annotated[bool | None, YES_NO] = None  # end near zero instead of at lr_min (default: the recipe's)

@@ -135,14 +135,15 @@ class Recipe:
     def adapted(self, train_images: int, **changes) -> "Recipe":
         """The recipe for a data set, with `changes`: its peak and its lowest learning rate stay in proportion.
 
-        Small data sets get small batches.
+        Small data sets get small batches: at least `EPOCH_STEPS` in an epoch, but of no fewer than 16 images.
         """
         epochs = changes.get("epochs", self.epochs)
         changes.setdefault("peak_epoch", self.peak_epoch * epochs / self.epochs)
         if "lr_max" in changes and self.lr_min and self.lr_max:
             changes.setdefault("lr_min", self.lr_min * changes["lr_max"] / self.lr_max)
         if train_images < SMALL_DATASET:
-            changes.setdefault("batch_size", max(1, min(64, train_images)))
+            enough = 2 ** int(math.log2(max(1, train_images / EPOCH_STEPS)))
+            changes.setdefault("batch_size", max(1, min(max(16, min(64, enough)), train_images)))
         return replace(self, **changes)
 
     def describe_cycle(self) -> str:
@@ -159,6 +160,7 @@ class Recipe:
 
 
 SMALL_DATASET = 10_000  # training images; with fewer, batches of 512 would leave only a handful of steps per epoch
+EPOCH_STEPS = 20  # of such a data set
 
 # The assignment as written; what it leaves open is chosen above and here.
 ASSIGNMENT = Recipe(name="assignment", init="dirac", whiten=True)
@@ -185,8 +187,8 @@ BEST = replace(
 # From the weights of another run. The last layer is fitted first; short training with the statistics of batch
 # normalization as they are keeps what the other layers know.
 FINETUNE = replace(
-    ASSIGNMENT, name="finetune", epochs=12, peak_epoch=3, lr_max=0.03, annihilate=True, train_norm_stats=False,
-    batch_size=16, cutout=4,
+    ASSIGNMENT, name="finetune", epochs=12, peak_epoch=3, lr_max=0.05, annihilate=True, train_norm_stats=False,
+    cutout=4,
 )  # fmt: skip
 
 RECIPES = {recipe.name: recipe for recipe in (ASSIGNMENT, FAST, FASTER, BEST, FINETUNE)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from cifar10.errors import UserError
 from cifar10.recipes import Recipe
 from cifar10.text import duration
-from cifar10.training.lr_finder import SWEEP
+from cifar10.training.lr_finder import sweep_steps
 
 SYNC_EVERY = 50  # steps on a GPU: reading a number makes the host wait until the GPU is done
 
@@ -164,7 +164,6 @@ class TimeEstimate(Callback):
 
     def __init__(self, recipe: Recipe, start_epoch: int = 0):
         self.recipe, self.start_epoch, self.steps = recipe, start_epoch, 0
-        self.sweep = SWEEP["num_it"] if recipe.lr_max is None else 0
 
     def after_batch(self):
         self.steps += 1
@@ -178,13 +177,14 @@ class TimeEstimate(Callback):
             done = self.start_epoch / recipe.epochs
             # The work of later steps, in units of a step with images of the present size.
             work = [(recipe.side(part) / recipe.side(done)) ** 2 for part in np.linspace(done, 1, 1000, endpoint=False)]
-            training = self.sweep + epochs * len(self.dls.train) * np.mean(work)
+            sweep = sweep_steps(self.dls.train.bs) if recipe.lr_max is None else 0
+            training = sweep + epochs * len(self.dls.train) * np.mean(work)
             # A validation step is a forward pass on full-size images, about a third of the work.
             validation = work[-1] / 3 * len(self.dls.valid) * (epochs if recipe.validate == "each" else 1)
             self.report(step, epochs, step * float(training + validation))
 
     def report(self, step: float, epochs: int, seconds: float):
-        what = f"{epochs} epoch{'s' * (epochs > 1)}" + " and the LR finder" * bool(self.sweep)
+        what = f"{epochs} epoch{'s' * (epochs > 1)}" + " and the LR finder" * (self.recipe.lr_max is None)
         message = f"{what} will take about {duration(seconds)} ({1000 * step:.0f} ms per step)."
         short = 1 + epochs // 8
         on_cpu, by_assignment = torch.device(self.dls.device).type == "cpu", self.recipe.name == "assignment"

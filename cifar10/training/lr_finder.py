@@ -17,8 +17,10 @@ from cifar10.errors import UserError
 from cifar10.files import save_figure, write_csv
 from cifar10.processes import on_rank0
 
-SWEEP = dict(start_lr=1e-3, end_lr=3.0, num_it=50)  # from where nothing happens yet to where every model diverges
-SMOOTHING = 5  # steps in the moving average, two on either side
+START, END = 1e-3, 3.0  # from where nothing happens yet to where every model diverges
+STEPS = 50  # of a sweep at least
+MOST_SMOOTHED = 20  # steps in a moving average
+IMAGES = 3_200  # of a sweep at least: the losses of small batches are noisy, so there are more of them to average
 BLOW_UP = 1.1  # times the loss at the start: beyond it, a curve says nothing more about good learning rates
 
 
@@ -63,7 +65,9 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
 
 
 def smoothed(losses: list[float]) -> np.ndarray:
-    return uniform_filter1d(np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf), SMOOTHING, mode="nearest")
+    """The moving average over a tenth of the steps, but no more than `MOST_SMOOTHED`."""
+    values = np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf)
+    return uniform_filter1d(values, min(max(1, len(losses) // 10), MOST_SMOOTHED), mode="nearest")
 
 
 @contextmanager
@@ -92,11 +96,16 @@ class InMemoryLRFinder(LRFinder):
         self.opt.zero_grad()
 
 
+def sweep_steps(batch_size: int) -> int:
+    return max(STEPS, math.ceil(IMAGES / batch_size))
+
+
 def find_lrs(learn: Learner) -> LRCurve:
-    """Sweep as fastai's `lr_find` does, over `SWEEP`; the model keeps its weights. Raises like `suggest_lrs`."""
-    print(f"LR finder: {SWEEP['num_it']} steps, learning rate {SWEEP['start_lr']:g} → {SWEEP['end_lr']:g}")
+    """Sweep as fastai's `lr_find` does; the model keeps its weights. Raises like `suggest_lrs`."""
+    steps = sweep_steps(learn.dls.train.bs)
+    print(f"LR finder: {steps} steps, learning rate {START:g} → {END:g}")
     with learn.no_logging():
-        learn.fit(1 + SWEEP["num_it"] // len(learn.dls.train), cbs=InMemoryLRFinder(**SWEEP))
+        learn.fit(1 + steps // len(learn.dls.train), cbs=InMemoryLRFinder(START, END, steps))
     lrs, losses = [float(lr) for lr in learn.recorder.lrs], torch.stack(learn.recorder.step_losses).tolist()
     return LRCurve(lrs, losses, *suggest_lrs(lrs, losses))
 

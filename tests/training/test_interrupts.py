@@ -100,7 +100,7 @@ FINDERS = {
 
 @pytest.mark.parametrize("finder", FINDERS)
 def test_an_lr_finder_restores_weights_momentum_and_hyperparameters(shapes, tmp_path, monkeypatch, finder):
-    monkeypatch.setattr("cifar10.training.lr_finder.SWEEP", dict(start_lr=1e-3, end_lr=3.0, num_it=6))
+    monkeypatch.setattr("cifar10.training.lr_finder.sweep_steps", lambda batch_size: 6)
     monkeypatch.setattr("cifar10.training.lr_finder.suggest_lrs", lambda lrs, losses: (0, 1, {}))
     learn = small(get_dls(shapes, batch_size=16), path=tmp_path, freeze=(("prep", 0.0),))
     with learn.no_logging():

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small
+from fastai.vision.all import set_seed
 
 from cifar10.errors import UserError
 from cifar10.files import read_csv
-from cifar10.training.lr_finder import SWEEP, find_lrs, suggest_lrs
+from cifar10.training.lr_finder import END, START, find_lrs, suggest_lrs, sweep_steps
+from train import get_learner
 
 
 def curve(name: str) -> tuple[list[float], list[float]]:
@@ -78,8 +80,8 @@ def test_find_lrs_leaves_the_model_as_it_was(dls):
     learn = small(dls)
     before = {name: value.clone() for name, value in learn.model.state_dict().items()}
     found = find_lrs(learn)
-    assert 0 < found.lr_min < found.lr_max <= SWEEP["end_lr"]
-    assert found.lrs[0] == pytest.approx(SWEEP["start_lr"]) and len(found.lrs) == len(found.losses)
+    assert 0 < found.lr_min < found.lr_max <= END
+    assert found.lrs[0] == pytest.approx(START) and len(found.lrs) == len(found.losses)
     assert all(torch.equal(value, before[name]) for name, value in learn.model.state_dict().items())
 
 
@@ -106,3 +108,21 @@ def test_lr_find_after_training(dls, tmp_path):
     learn = small(dls, path=tmp_path)
     learn.fit_one_cycle(1, 0.01)
     assert learn.lr_find(num_it=20, show_plot=False).valley > 0
+
+
+def test_small_batches_are_seen_for_more_steps(dls):
+    """As many images as in a sweep with batches of 64; large batches have the assignment's 50 steps."""
+    assert [sweep_steps(bs) for bs in (512, 64, 32, 16)] == [50, 50, 100, 200]
+    assert len(find_lrs(small(dls)).lrs) == 200
+
+
+def test_the_first_value_of_a_learners_lr_find(digits):
+    """It is that of train.py; fastai's suggestions follow, and with arguments, all is fastai's."""
+    found = []
+    for find in (lambda learn: learn.lr_find(show_plot=False), find_lrs):
+        set_seed(0)
+        digits.train.rng.seed(0)
+        found.append(find(get_learner(digits, width=2, precision="fp32")))
+    values, curve = found
+    assert values._fields == ("lr_max", "minimum", "steep", "valley")
+    assert values == (curve.lr_max, *curve.suggestions.values())

@@ -83,7 +83,7 @@ def test_no_default_of_an_option_hides_the_recipe(monkeypatch, dls):
     changed |= dict(lr_max=0.3, lr_min=0.2, batch_size=7)
     monkeypatch.setitem(RECIPES, "fast", replace(FAST, **changed))
     resolved = Options(recipe="fast").resolve(dls.train.table)
-    assert {name: getattr(resolved, name) for name in changed} == changed | dict(batch_size=48)  # of a small data set
+    assert {name: getattr(resolved, name) for name in changed} == changed | dict(batch_size=16)  # of a small data set
     typed = {name: getattr(FAST, name) for name in shared}
     resolved = Options(recipe="fast", **typed).resolve(dls.train.table)
     assert {name: getattr(resolved, name) for name in typed} == typed

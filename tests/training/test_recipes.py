@@ -63,7 +63,7 @@ def test_wrong_values(changes, says):
 
 def test_it_adapts_to_the_data():
     assert ASSIGNMENT.adapted(50_000) == ASSIGNMENT
-    assert [ASSIGNMENT.adapted(images).batch_size for images in (9_999, 30)] == [64, 30]
+    assert [ASSIGNMENT.adapted(images).batch_size for images in (9_999, 1_280, 1_279, 30, 5)] == [64, 64, 32, 16, 5]
     assert ASSIGNMENT.adapted(9_999, batch_size=100).batch_size == 100
     assert FAST.adapted(50_000, epochs=40).peak_epoch == 8
     assert FAST.adapted(50_000, lr_max=0.05).lr_min == pytest.approx(0.01)
