@@ -32,6 +32,8 @@ from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.runs.run import PRETRAINED, Run, check_folder, places, weights_file
 from cifar10.training import StopAtNaN, TimeEstimate
 
+FEW = 5_000  # training images, for which it is worth mentioning that training need not start from scratch
+
 
 class Session:
     """One launch of train.py, across all its processes.
@@ -85,6 +87,9 @@ class Session:
             images = ImageTable.open(options.data, Reading.of(options), options.valid)
         check_same(images.hash, "the data set")
         self.recipe = self.run.recipe if self.is_resumed else options.resolve(images)
+        count = len(images.split_rows(options.valid)[0])
+        if count < FEW and not (options.weights or self.is_resumed or images.defaults):
+            print(f"{count:,} training images are few: --weights results/cifar10-best is likely to be more accurate")
         return images
 
     def open_run(self, learn: Learner) -> Run:

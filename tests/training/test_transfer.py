@@ -17,7 +17,7 @@ from cifar10.files import load_tensors
 from cifar10.interpretation import ImageClassifier
 from cifar10.options import Options
 from cifar10.recipes import FASTER, RECIPES
-from cifar10.runs import Run
+from cifar10.runs import Run, Session
 from cifar10.training.transfer import features, fit_head
 from model import ResNet
 from train import get_dls, get_learner
@@ -205,3 +205,9 @@ def test_mistakes(source, others, tmp_path, words, error):
 def test_the_recipe_is_the_default_with_weights_only():
     assert Options().recipe_name == "assignment" and Options(weights="run").recipe_name == "finetune"
     assert Options(weights="run", recipe="fast").recipe_name == "fast" and set(RECIPES) > {"finetune"}
+
+
+def test_few_images_are_worth_a_word_about_weights(others, source, capsys):
+    for options, said in ((Options(data=str(others)), 1), (Options(data=str(others), weights=str(source)), 0)):
+        Session(options, resources=None).open_images()
+        assert capsys.readouterr().out.count("36 training images are few: --weights results/cifar10-best") == said
