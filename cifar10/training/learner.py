@@ -135,13 +135,13 @@ class Learner(learner.Learner):
         self.fit_one_cycle(epochs, lr, div, 1e5 if recipe.annihilate else div, **settings)
 
     def lr_find(self, *args, show_plot: bool = True, **kwargs):
-        """Without arguments, the sweep of train.py, whose `lr_max` comes before fastai's suggestions; else fastai's."""
+        """Without arguments, the sweep of train.py: `lr_max` and `lr_min`, then fastai's suggestions; else fastai's."""
         if args or kwargs:
             return super().lr_find(*args, show_plot=show_plot, **kwargs)
         curve = find_lrs(self)
         if show_plot:
             plot_lr_curve(curve)
-        values = {"lr_max": curve.lr_max} | curve.suggestions
+        values = dict(lr_max=curve.lr_max, lr_min=curve.lr_min) | curve.suggestions
         return namedtuple("SuggestedLRs", values)(**values)  # as in fastai
 
     def one_batch(self, i, b):

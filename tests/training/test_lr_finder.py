@@ -124,5 +124,5 @@ def test_the_first_value_of_a_learners_lr_find(digits):
         digits.train.rng.seed(0)
         found.append(find(get_learner(digits, width=2, precision="fp32")))
     values, curve = found
-    assert values._fields == ("lr_max", "minimum", "steep", "valley")
-    assert values == (curve.lr_max, *curve.suggestions.values())
+    assert values._fields == ("lr_max", "lr_min", "minimum", "steep", "valley")
+    assert values == (curve.lr_max, curve.lr_min, *curve.suggestions.values())
