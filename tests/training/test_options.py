@@ -3,6 +3,7 @@
 from dataclasses import asdict, fields, replace
 
 import pytest
+from fastcore.docments import docments
 
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
@@ -87,3 +88,9 @@ def test_no_default_of_an_option_hides_the_recipe(monkeypatch, dls):
     typed = {name: getattr(FAST, name) for name in shared}
     resolved = Options(recipe="fast", **typed).resolve(dls.train.table)
     assert {name: getattr(resolved, name) for name in typed} == typed
+
+
+def test_every_option_has_a_help_text():
+    """fastcore reads the comment in the option's own line only."""
+    texts = docments(Options)
+    assert [field.name for field in fields(Options) if not texts[field.name]] == []
