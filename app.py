@@ -46,7 +46,24 @@ from model import ResNet
 HERE = Path(__file__).parent
 DISPLAY_SIDE = 320  # pixels of the shown images
 LIKELIEST = "the likeliest class"
-STYLE = "#misclassified .caption-label { white-space: normal; max-width: 100%; }"  # or the prediction would be cut off
+STYLE = """
+/* Small images fill their frames. */
+#image img, #heat img { width: 100%; height: 100%; object-fit: contain; }
+/* Ten images in a row, or fewer on a small screen. */
+#misclassified .grid-wrap { min-height: 0; padding-top: 2rem; }
+#misclassified .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(5rem, 9%), 1fr)); }
+/* Whole captions below the images, or the prediction would be cut off. */
+#misclassified .thumbnail-item { aspect-ratio: auto; display: flex; flex-direction: column; }
+#misclassified .thumbnail-item img { aspect-ratio: 1; height: auto; }
+#misclassified .caption-label { position: static; white-space: normal; max-width: 100%; border: 0; }
+"""
+# Enlarged images keep their pixels, and reduced ones, such as photos, are smoothed.
+SCRIPT = """() => document.addEventListener("load", ({target: image}) => {
+  if (image instanceof HTMLImageElement) {
+    const enlarged = image.naturalWidth < image.clientWidth && image.naturalHeight < image.clientHeight;
+    image.style.imageRendering = enlarged ? "pixelated" : "auto";
+  }
+}, true)"""
 SPACE_README = """---
 title: {title}
 sdk: gradio
@@ -87,12 +104,13 @@ def build(classifier: ImageClassifier, folder: Path):
     many = len(classifier.classes)
     examples = [str(file) for file in sorted((folder / "examples").glob("*.png"))]
     wrong = [(str(file), file.stem.partition("-")[2]) for file in sorted((folder / "misclassified").glob("*.png"))]
-    wrong = wrong or [str(file) for file in (folder / "misclassified.png",) if file.is_file()]
+    plot = folder / "misclassified.png"
     with gr.Blocks(title=f"{classifier.name} classifier", analytics_enabled=False) as page:
         gr.Markdown(f"# {printable(classifier.name)}: which of {many} classes?")
         with gr.Row():
             with gr.Column():
-                file = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image")
+                file = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image",
+                                height=DISPLAY_SIDE)  # fmt: skip
                 file.preprocess = lambda photo: photo.path if photo else None  # `open_image` takes the file as it is
                 topk = gr.Slider(1, many, min(3, many), step=1, label="Classes to show", elem_id="topk")
                 if examples:
@@ -100,15 +118,17 @@ def build(classifier: ImageClassifier, folder: Path):
             with gr.Column():
                 label = gr.Label(label=(classifier.temperature_note or "probabilities").capitalize(), elem_id="label")
                 heat = gr.Image(
-                    label="Grad-CAM: where the evidence lies", elem_id="heat", interactive=False,
+                    label="Grad-CAM: where the evidence lies", elem_id="heat", interactive=False, height=DISPLAY_SIDE,
                     buttons=["download", "fullscreen"],  # and none that shares it
                 )  # fmt: skip
                 layer = gr.Radio(GRADCAM_LAYERS, value=GRADCAM_LAYERS[-1], label="Layer")
                 chosen = gr.Dropdown([LIKELIEST, *classifier.names], value=LIKELIEST, label="Evidence for")
                 opacity = gr.Slider(0, 1, 0.5, label="Opacity", elem_id="opacity")
         if wrong:
-            gallery = dict(columns=5, buttons=["download", "fullscreen"], elem_id="misclassified")
+            gallery = dict(columns=10, buttons=["download", "fullscreen"], elem_id="misclassified")
             gr.Gallery(wrong, label="Misclassified images", **gallery)
+        elif plot.is_file():
+            gr.Image(str(plot), label="Misclassified images", interactive=False, buttons=["download", "fullscreen"])
         inputs = [file, topk, layer, chosen, opacity]
         # One at a time: the hooks of Grad-CAM would see the activations of another request.
         one = dict(concurrency_id="model", concurrency_limit=1)
@@ -149,8 +169,8 @@ def main(**typed):
     address = options.host or os.environ.get("GRADIO_SERVER_NAME") or everywhere or "127.0.0.1"
     images = [str(weights.parent.resolve() / name) for name in ("examples", "misclassified", "misclassified.png")]
     _, url, shared = page.launch(
-        server_name=address, server_port=options.port, share=options.share, allowed_paths=images, css=STYLE, quiet=True,
-        prevent_thread_lock=True,
+        server_name=address, server_port=options.port, share=options.share, allowed_paths=images, css=STYLE,
+        js=SCRIPT, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
     print(f"The page is at {shared or url}; stop it with Ctrl-C", flush=True)
     page.block_thread()

@@ -1,5 +1,6 @@
 """app.py in a real browser, as its user sees it."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -82,6 +83,44 @@ def test_upload_a_photo_and_see_the_evidence(run):
         upload = wait.until(lambda c: c.find_element(By.CSS_SELECTOR, "#image input[type=file]"))
         upload.send_keys(str(run.parents[1] / "text.png"))
         wait.until(lambda c: "can't be read as an image" in c.find_element(By.TAG_NAME, "body").text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 25])
+def test_small_images_are_enlarged_and_captions_are_whole(run, tmp_path, count):
+    """On a wide and on a narrow screen: the images of the gallery have one size, whatever their number."""
+    shutil.copy(run / "model.safetensors", tmp_path)
+    shutil.copytree(run / "examples", tmp_path / "examples")
+    image = next((run / "examples").iterdir())
+    (tmp_path / "misclassified").mkdir()
+    for number in range(count):
+        name = f"{number:02}-cross, predicted {'a very long name, of which this is all' if number else 'ring'}.png"
+        shutil.copy(image, tmp_path / "misclassified" / name)
+    with serving(ROOT / "app.py", tmp_path, cwd=tmp_path) as address:
+        for width, in_a_row in ((1280, 10), (360, 2)):
+            with chromium(width=width) as chrome:
+                chrome.get(address)
+                wait = WebDriverWait(chrome, 600)
+                upload = wait.until(lambda c: c.find_element(By.CSS_SELECTOR, "#image input[type=file]"))
+                upload.send_keys(str(image))
+                for name in ("image", "heat"):
+                    (shown,) = wait.until(lambda c, name=name: c.find_elements(By.CSS_SELECTOR, f"#{name} img"))
+                    wait.until(lambda c, shown=shown: min(shown.size.values()) > 200)
+                    if name == "image":
+                        wait.until(lambda c, shown=shown: shown.value_of_css_property("image-rendering") == "pixelated")
+                tiles = wait.until(lambda c: c.find_elements(By.CSS_SELECTOR, "#misclassified .thumbnail-item"))
+                parts = (By.CSS_SELECTOR, "img"), (By.CSS_SELECTOR, ".caption-label")
+                images, captions = zip(*([tile.find_element(*part) for part in parts] for tile in tiles))
+                assert len(tiles) == count
+                assert [tile.rect["y"] for tile in tiles].count(tiles[0].rect["y"]) == min(count, in_a_row)
+                for tile, shown, caption in zip(tiles, images, captions, strict=True):
+                    assert 70 <= shown.rect["width"] == pytest.approx(shown.rect["height"], abs=1) <= 130
+                    assert caption.rect["y"] >= shown.rect["y"] + shown.rect["height"] - 1
+                    assert caption.rect["y"] + caption.rect["height"] <= tile.rect["y"] + tile.rect["height"] + 1
+                    for side in ("Width", "Height"):
+                        script = f"return arguments[0].scroll{side} <= arguments[0].client{side}"
+                        assert chrome.execute_script(script, caption)
+                assert chrome.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.slow
