@@ -22,6 +22,8 @@ STEPS = 50  # of a sweep at least
 MOST_SMOOTHED = 20  # steps in a moving average
 IMAGES = 3_200  # of a sweep at least: the losses of small batches are noisy, so there are more of them to average
 BLOW_UP = 1.1  # times the loss at the start: beyond it, a curve says nothing more about good learning rates
+RISE = 0.3  # of the fall of the loss: beyond it, neither
+FEWEST = 10  # steps to draw conclusions from
 
 
 class LRCurve(NamedTuple):
@@ -44,20 +46,24 @@ class LRCurve(NamedTuple):
 def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, dict[str, float]]:
     """`(lr_min, lr_max, suggestions)` from the losses of a sweep with rising learning rates.
 
-    The curve is smoothed and cut off where it first blows up. On the rest, three of fastai's functions make their
-    suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and `valley`. Then
+    The curve is smoothed and cut off where it first blows up, or has risen by a good part of what it fell: at very high
+    learning rates, a model may learn to always predict a frequent class, whose loss is low. On the rest, three of
+    fastai's functions make their suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and `valley`.
+    Then
 
     - lr_max is the LR with the lowest loss. It is not divided by ten, because a cycle warms up to it, and because it
       is the FC layer that blows up, while Muon's steps for the convolutions have a size of their own;
     - lr_min is a tenth of the lowest of the three: safe to start from, and, without annihilation, small enough to
       end with.
 
-    Raises `UserError` if fewer than ten steps come before the blow-up.
+    Raises `UserError` if fewer than `FEWEST` steps come before the blow-up.
     """
     smooth = smoothed(losses)
     bad = np.flatnonzero(~(smooth <= BLOW_UP * smooth[0]))
     end = int(bad[0]) if len(bad) else len(lrs)
-    if end < 10:
+    risen = smooth[:end] - np.minimum.accumulate(smooth[:end]) > RISE * (smooth[0] - smooth[:end].min())
+    end = min([end, *(step for step in np.flatnonzero(risen).tolist() if step >= FEWEST)])
+    if end < FEWEST:
         raise UserError(f"the loss blows up at a learning rate of {lrs[end]:.2g} already; set --lr_max and --lr_min")
     x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])
     suggestions = {function.__name__: float(function(x, y, end)[0]) for function in (minimum, steep, valley)}

@@ -60,6 +60,14 @@ def test_no_suggestion_at_or_behind_a_blow_up(lrs, losses, blown):
     assert max(lr_min, lr_max, *suggestions.values()) < blown
 
 
+def test_a_low_loss_behind_a_rise_is_not_the_answer():
+    """Nine images of ten are of one class: a model that has been destroyed learns to predict it again."""
+    lrs = np.geomspace(1e-3, 3, 200)
+    losses = np.interp(np.log10(lrs), [-3, -1.5, -1, -0.5, 0.4], [1.6, 1.1, 1.4, 1.3, 1.05])
+    _, lr_max, suggestions = suggest_lrs(lrs.tolist(), losses.tolist())
+    assert lr_max == pytest.approx(10**-1.5, rel=0.2) and max(suggestions.values()) < 0.1
+
+
 @pytest.mark.parametrize(
     ("lrs", "losses"),
     [curve("tests/curves/cifar10_plain.csv"), (np.geomspace(1e-3, 1, 50).tolist(), [2.3] * 4 + [float("nan")] * 46)],
