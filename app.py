@@ -1,4 +1,4 @@
-"""A finished run as a web page: `python app.py RUN`. `--space DIR` writes a folder for a Hugging Face Space instead."""
+"""A finished run as a web page: `python app.py RUN`."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,24 +11,20 @@ from cifar10.errors import UserError
 class Options:
     """Serve a finished run as a web page on this computer."""
 
-    run: Annotated[str | None, {"opt": False, "nargs": "?"}, "folder of a finished run (default: app.py's)"] = None
+    run: Annotated[str, "folder of a finished run, or its model.safetensors"]
     host: Annotated[str | None, "address to listen on; 0.0.0.0 in a container (default: this computer's only)"] = None
     port: Annotated[int | None, "port to listen on (default: the first free one from 7860)"] = None
     share: Annotated[bool, "also make a public link through Gradio's servers"] = False
-    space: Annotated[str | None, "folder to write for a Hugging Face Space, instead of serving the page"] = None
 
     def __post_init__(self):
         if self.port is not None and not 0 < self.port < 65536:
             raise UserError(f"port is {self.port}; it must be from 1 to 65535")
-        if self.space and (self.host or self.port or self.share):
-            raise UserError("--space writes a folder and serves no page; leave out --host, --port and --share")
 
 
 if __name__ == "__main__":
     typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
 
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -37,13 +33,11 @@ import torch
 from PIL import ExifTags, Image
 
 from cifar10.cli import import_extra
-from cifar10.files import write
 from cifar10.interpretation import GRADCAM_LAYERS, ImageClassifier, overlay
-from cifar10.runs import WEIGHTS
+from cifar10.runs import weights_file
 from cifar10.text import printable
 from model import ResNet
 
-HERE = Path(__file__).parent
 DISPLAY_SIDE = 320  # pixels of the shown images
 LIKELIEST = "the likeliest class"
 STYLE = """
@@ -64,14 +58,6 @@ SCRIPT = """() => document.addEventListener("load", ({target: image}) => {
     image.style.imageRendering = enlarged ? "pixelated" : "auto";
   }
 }, true)"""
-SPACE_README = """---
-title: {title}
-sdk: gradio
-app_file: app.py
----
-
-A ResNet that was trained on {title}, as a web page. `python app.py` starts it.
-"""
 
 
 def explain(
@@ -137,36 +123,14 @@ def build(classifier: ImageClassifier, folder: Path):
     return page
 
 
-def write_space(classifier: ImageClassifier, weights: Path, folder: Path):
-    """Write a folder that runs as a Hugging Face Space: this script, the package, the weights and requirements.txt."""
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; choose another --space")
-    shutil.copytree(HERE / "cifar10", folder / "cifar10", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("app.py", "model.py"):
-        shutil.copy(HERE / name, folder / name)
-    shutil.copy(weights, folder / WEIGHTS)
-    for name in ("examples", "misclassified"):
-        if (weights.parent / name).is_dir():
-            shutil.copytree(weights.parent / name, folder / name)
-    extras = (HERE / "requirements-extras.txt").read_text().splitlines()
-    needed = [line for line in extras if line.startswith("gradio")]
-    write(folder / "requirements.txt", (HERE / "requirements.txt").read_text() + "\n".join(needed) + "\n")
-    write(folder / "README.md", SPACE_README.format(title=printable(classifier.name)))
-    print(f"{folder} is ready; upload it to a Space, or try it with: cd {folder} && python app.py")
-
-
 def main(**typed):
     """Serve the page. `typed`: the options given on the command line, by name (see `Options`)."""
     options = Options(**typed)
-    path = Path(options.run) if options.run else HERE
-    weights = path / WEIGHTS if path.is_dir() else path
-    classifier = ImageClassifier.load(path, ResNet)
-    if options.space:
-        return write_space(classifier, weights, Path(options.space))
+    weights = weights_file(options.run)
+    classifier = ImageClassifier.load(options.run, ResNet)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = build(classifier, weights.parent)
-    everywhere = "0.0.0.0" if os.environ.get("SPACE_ID") else None
-    address = options.host or os.environ.get("GRADIO_SERVER_NAME") or everywhere or "127.0.0.1"
+    address = options.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     images = [str(weights.parent.resolve() / name) for name in ("examples", "misclassified", "misclassified.png")]
     _, url, shared = page.launch(
         server_name=address, server_port=options.port, share=options.share, allowed_paths=images, css=STYLE,

@@ -1,7 +1,7 @@
-"""Export a finished run to run elsewhere: `python export.py RUN --onnx model.onnx`, or `--torch model.pt2`.
+"""Export a finished run to run elsewhere: `python export.py RUN --onnx model.onnx`, `--torch model.pt2` or `--web DIR`.
 
-Both take uint8 images `(N, 3, size, size)`, any number at a time, and return probabilities `(N, classes)`. The class
-names, and the temperature of the probabilities, are in the metadata.
+The files take uint8 images `(N, 3, size, size)`, any number at a time, and return probabilities `(N, classes)`. The
+class names, and the temperature of the probabilities, are in the metadata. The folder is a web page without a server.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,19 @@ from cifar10.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Export a finished run to ONNX or torch.export, and compare the file with PyTorch."""
+    """Export a finished run to ONNX, torch.export or a web page, and compare the model with PyTorch."""
 
     run: Annotated[str, "folder of a finished run, or its model.safetensors"]
     onnx: Annotated[cli.OutputFile, "file for ONNX"] = None
     torch: Annotated[cli.OutputFile, "file for torch.export"] = None
+    web: Annotated[cli.OutputFolder, "new folder for a page that classifies images in the browser"] = None
+    runtime: Annotated[str | None, "copy of the npm package onnxruntime-web, for --web (default: download it)"] = None
 
     def __post_init__(self):
-        if not (self.onnx or self.torch):
-            raise UserError("there is nothing to do; give --onnx or --torch, or both")
+        if not (self.onnx or self.torch or self.web):
+            raise UserError("there is nothing to do; give --onnx, --torch or --web")
+        if self.runtime and not self.web:
+            raise UserError("--runtime is for the page of --web; add --web, or leave it out")
 
 
 if __name__ == "__main__":
@@ -33,11 +37,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from fastai.callback.hook import hook_output
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cifar10.cli import import_extra
 from cifar10.files import write
-from cifar10.interpretation import ImageClassifier
+from cifar10.interpretation import ImageClassifier, read_runtime, write_page
+from cifar10.runs import weights_file
 from model import ResNet
 
 N_CHECK_IMAGES = 100  # images on which an exported file is compared with PyTorch
@@ -60,6 +67,22 @@ class WithPreprocessing(nn.Module):
         return (logits / self.temperature).softmax(dim=1)
 
 
+class WithGradCAM(WithPreprocessing):
+    """The same, and Grad-CAM of layer3 for all classes, `(N, classes, h, w)`, before it is resized and scaled.
+
+    This needs no backward pass. With layer3's output A, a logit is scale · (W · max of A over places) + b, so its
+    gradient is scale · W[k] at one place of channel k and zero elsewhere, and the mean gradient, Grad-CAM's weight of
+    the channel, is scale · W[k] / (h · w).
+    """
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with hook_output(self.model.layer3, detach=False) as hook:
+            probabilities = super().forward(images)
+        features = hook.stored
+        weights = self.model.fc.weight * (self.model.logit_scale / features[0, 0].numel())
+        return probabilities, F.relu(F.conv2d(features, weights[:, :, None, None]))
+
+
 def check(name: str, expected: Tensor, found: Tensor):
     """Raise `UserError` unless an exported file gives the same probabilities and classes as PyTorch."""
     difference = (expected - found).abs().max().item()
@@ -68,10 +91,57 @@ def check(name: str, expected: Tensor, found: Tensor):
     print(f"{name}: the same classes as PyTorch on {N_CHECK_IMAGES} images, probabilities within {difference:.0e}")
 
 
+def trace(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """The module's program for any number of images."""
+    return torch.export.export(module, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+
+
+def to_onnx(program: torch.export.ExportedProgram, outputs: list[str], about: dict[str, str], optimize: bool = True):
+    """The program as ONNX's ModelProto, with names for its outputs and metadata."""
+    for package in ("onnx", "onnxscript"):  # which PyTorch imports
+        import_extra(package, "export")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=optimize, output_names=outputs)
+    exported.model.metadata_props.update(about)
+    return exported.model_proto
+
+
+def halve(model):
+    """Store weights in half precision where that changes none of them, as in results/cifar10-best: half the download.
+
+    Rounded weights would change the probabilities of CIFAR-10's images by up to 0.007.
+    """
+    onnx = import_extra("onnx", "export")
+    for weights in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(weights)
+        half = values.astype("float16")
+        if values.dtype == "float32" and values.ndim > 1 and (half == values).all():
+            name, stored = weights.name, f"{weights.name}.half"
+            weights.CopyFrom(onnx.numpy_helper.from_array(half, stored))
+            model.graph.node.insert(0, onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
+
+
+def for_browsers(classifier: ImageClassifier, images: Tensor, about: dict[str, str]) -> bytes:
+    """The ONNX file of the page, with Grad-CAM's maps as its second output, `evidence`."""
+    program = trace(WithGradCAM(classifier).eval(), images)
+    # ONNX Runtime optimizes it when it is loaded; before, that would change the weights.
+    model = to_onnx(program, ["probabilities", "evidence"], about, optimize=False)
+    halve(model)
+    return model.SerializeToString()
+
+
+def run_onnx(content: bytes, images: Tensor) -> Tensor:
+    """The probabilities that an ONNX file gives."""
+    session = import_extra("onnxruntime", "export").InferenceSession(content)
+    return torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
+
+
 def main(**typed):
-    """Write the files that are asked for, and check them. `typed`: the options on the command line (see `Options`)."""
+    """Write what is asked for, and check it. `typed`: the options on the command line (see `Options`)."""
     options = Options(**typed)
     classifier = ImageClassifier.load(options.run, ResNet, device="cpu")
+    runtime = read_runtime(options.runtime) if options.web else {}
     module = WithPreprocessing(classifier).eval()
     about = {"classes": json.dumps(classifier.classes, ensure_ascii=False), "data": classifier.name}
     about["temperature"] = str(classifier.temperature)
@@ -81,7 +151,7 @@ def main(**typed):
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     with torch.no_grad():
         expected = module(images)
-    program = torch.export.export(module, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+    program = trace(module, images)
     if options.torch:
         file = io.BytesIO()
         torch.export.save(program, file, extra_files=about)
@@ -90,15 +160,17 @@ def main(**typed):
             warnings.simplefilter("ignore")  # about how PyTorch itself reads the file
             check(options.torch, expected, torch.export.load(options.torch).module()(images))
     if options.onnx:
-        for package in ("onnx", "onnxscript"):  # which PyTorch imports
-            import_extra(package, "export")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["probabilities"])
-        exported.model.metadata_props.update(about)
-        write(Path(options.onnx), exported.model_proto.SerializeToString())
-        session = import_extra("onnxruntime", "export").InferenceSession(options.onnx)
-        check(options.onnx, expected, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
+        content = to_onnx(program, ["probabilities"], about).SerializeToString()
+        write(Path(options.onnx), content)
+        check(options.onnx, expected, run_onnx(content, images))
+    if options.web:
+        content = for_browsers(classifier, images, about)
+        check(f"{options.web}/model.onnx", expected, run_onnx(content, images))
+        examples = sorted(weights_file(options.run).parent.glob("examples/*.png"))
+        write_page(Path(options.web), classifier, content, examples, runtime)
+        print(
+            f"{options.web} is ready for any web server; try it with `python -m http.server --directory {options.web}`"
+        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,15 @@ def output_file(path: str) -> str:
     return path
 
 
+def output_folder(path: str) -> str:
+    """The type of an option for a new or empty folder to fill."""
+    if Path(path).exists() and not (Path(path).is_dir() and not any(Path(path).iterdir())):
+        raise ArgumentTypeError(f"{path} is not an empty folder; choose another one")
+    return path
+
+
 OutputFile = Annotated[str | None, {"type": output_file}]
+OutputFolder = Annotated[str | None, {"type": output_folder}]
 
 
 class Parser(ArgumentParser):

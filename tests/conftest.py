@@ -3,7 +3,7 @@
 import os
 import signal
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 HOME = tempfile.TemporaryDirectory(prefix="tests-fastai-")
@@ -30,8 +30,10 @@ from commandline import ROOT  # noqa: E402, F401
 from fastai.vision.all import Learner, set_seed  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from cifar10.files import save_tensors  # noqa: E402
 from cifar10.interpretation.predictions import Interpretation  # noqa: E402
 from cifar10.recipes import ASSIGNMENT  # noqa: E402
+from cifar10.runs.run import FORMAT, WEIGHTS  # noqa: E402
 from cifar10.signals import SIGNALS  # noqa: E402
 from cifar10.training.learner import build_learner  # noqa: E402
 from model import ResNet, split_by_depth  # noqa: E402
@@ -74,6 +76,17 @@ def make_images(folder: Path, train: int = 24, test: int = 8, classes=("cross", 
                 pixels = rng.integers(0, 128, (size, size, 3), dtype=np.uint8)
                 pixels[shapes.get(label, list(shapes.values())[number % 3])] += 120
                 Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+    return folder
+
+
+def save_classifier(folder: Path, classes=("cross", "ring"), size: int = 32, resize: str = "crop", half=False) -> Path:
+    """The folder of a run that holds nothing but weights, of a small model at its random beginning."""
+    set_seed(0)
+    model = ResNet(len(classes), width=4, logit_scale=4)  # large logits: probabilities that depend on the pixels
+    data = dict(name=folder.name, classes=classes, size=size, resize=resize, ranges={}, mean=[0.5] * 3, std=[0.25] * 3)
+    about = dict(format=FORMAT, model=model.args, data=data, recipe=asdict(ASSIGNMENT), precision="fp32")
+    folder.mkdir(parents=True)
+    save_tensors(folder / WEIGHTS, (model.half() if half else model).state_dict(), **about)
     return folder
 
 

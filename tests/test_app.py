@@ -36,13 +36,13 @@ def run(tmp_path_factory):
 
 
 @contextmanager
-def serving(*words, cwd, python=None):
+def serving(*words, cwd):
     """The page's address, while it is served."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([python or warm_python(), *map(str, words), "--port", str(port)], cwd=cwd)
+    process = subprocess.Popen([warm_python(), *map(str, words), "--port", str(port)], cwd=cwd)
     try:
         while True:
             assert process.poll() is None
@@ -160,20 +160,6 @@ def test_many_at_once(run):
         assert abs(difference).mean() < 8  # Gradio compresses the picture
 
 
-@pytest.mark.slow
-def test_a_space_runs_from_its_folder(run, tmp_path):
-    done = command("app.py", run, "--space", tmp_path / "space", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    names = {file.name for file in (tmp_path / "space").iterdir()}
-    assert names == {"app.py", "model.py", "cifar10", "model.safetensors", "requirements.txt", "README.md", "examples",
-                     "misclassified"}  # fmt: skip
-    assert "gradio==" in (tmp_path / "space/requirements.txt").read_text()
-    with serving("app.py", cwd=tmp_path / "space", python=sys.executable) as address:
-        assert "images: which of 3 classes?" in urllib.request.urlopen(f"{address}/config").read().decode()
-    done = command("app.py", run, "--space", tmp_path / "space", cwd=tmp_path)
-    assert done.returncode == 2 and "is not empty; choose another --space" in done.stderr
-
-
 def test_the_functions(run):
     classifier = app.ImageClassifier.load(run, app.ResNet)
     photo = str(run.parents[1] / "photo.jpg")
@@ -194,21 +180,12 @@ def test_without_gradio(run, monkeypatch, tmp_path):
         app.build(app.ImageClassifier.load(run, app.ResNet), run)
     done = command("app.py", run, "--port", 99999, cwd=tmp_path)
     assert done.returncode == 2 and "port is 99999; it must be from 1 to 65535" in done.stderr
-    done = command("app.py", run, "--space", "space", "--share", cwd=tmp_path)
-    assert (
-        done.returncode == 2
-        and "leave out --host, --port and --share" in done.stderr
-        and not (tmp_path / "space").exists()
-    )
-    done = command("app.py", cwd=tmp_path)
-    assert done.returncode == 2 and f"{app.HERE} is neither the folder of a finished run nor" in done.stderr
 
 
 @pytest.mark.parametrize("host, variables, address", [
     (None, {}, "127.0.0.1"),
     (None, {"GRADIO_SERVER_NAME": "0.0.0.0"}, "0.0.0.0"),
     ("10.0.0.1", {"GRADIO_SERVER_NAME": "0.0.0.0"}, "10.0.0.1"),
-    (None, {"SPACE_ID": "me/shapes"}, "0.0.0.0"),
 ])  # fmt: skip
 def test_where_the_page_can_be_reached(run, monkeypatch, host, variables, address):
     class Page:
@@ -220,8 +197,7 @@ def test_where_the_page_can_be_reached(run, monkeypatch, host, variables, addres
             pass
 
     found = []
-    for name in ("GRADIO_SERVER_NAME", "SPACE_ID"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(app, "build", lambda *_: Page())

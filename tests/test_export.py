@@ -7,7 +7,8 @@ import onnxruntime
 import pytest
 import torch
 from commandline import command
-from conftest import make_images
+from conftest import make_images, save_classifier
+from torch.nn import functional as F
 
 import export
 from cifar10.interpretation import ImageClassifier
@@ -51,6 +52,30 @@ def test_the_metadata_name_the_classes(exported):
     assert about["data"] == "images"
 
 
+@pytest.mark.parametrize("size, half", [(32, True), (64, False)])
+def test_the_page_gets_grad_cam_without_a_backward_pass(tmp_path, size, half):
+    """For all classes, as `grad_cam` computes it; weights are in half precision only where that changes nothing."""
+    run = save_classifier(tmp_path / "run", ("a", "b", "c"), size, half=half)
+    classifier = ImageClassifier.load(run, ResNet, "cpu")
+    classifier.temperature = 1.5
+    images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    probabilities = classifier.classify(images)
+    expected = torch.stack([torch.stack([classifier.grad_cam(image, k)[-1] for k in range(3)]) for image in images])
+    content = export.for_browsers(classifier, images, {})
+    found, evidence = map(torch.from_numpy, onnxruntime.InferenceSession(content).run(None, {"images": images.numpy()}))
+    assert evidence.shape == (3, 3, size // 8, size // 8) and (evidence.amax(dim=(2, 3)) > 0).any()
+    torch.testing.assert_close(found, probabilities)
+    # What page.html does with a map.
+    heat = F.interpolate(evidence, size=(size, size), mode="bilinear", align_corners=False)
+    heat -= heat.amin(dim=(2, 3), keepdim=True)
+    heat /= heat.amax(dim=(2, 3), keepdim=True).clamp_min(1e-7)
+    torch.testing.assert_close(heat, expected, atol=1e-4, rtol=0)
+    stored = onnx.load_from_string(content).graph.initializer
+    weights = [tensor for tensor in stored if tensor.name.startswith("model") and len(tensor.dims) > 1]
+    kinds = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in weights}
+    assert len(weights) == 9 and kinds == {"FLOAT16" if half else "FLOAT"}
+
+
 def test_a_difference_is_an_error():
     probabilities = torch.tensor([[0.6, 0.4]])
     export.check("x", probabilities, probabilities + 1e-6)
@@ -61,6 +86,6 @@ def test_a_difference_is_an_error():
 
 def test_mistakes(exported, tmp_path):
     done = command("export.py", exported[0], cwd=tmp_path)
-    assert done.returncode == 2 and "there is nothing to do; give --onnx or --torch" in done.stderr
+    assert done.returncode == 2 and "there is nothing to do; give --onnx, --torch or --web" in done.stderr
     done = command("export.py", "nowhere", "--onnx", "x.onnx", cwd=tmp_path)
     assert done.returncode == 2 and "neither the folder of a finished run" in done.stderr

@@ -56,7 +56,7 @@ def test_the_package_can_be_installed(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("METADATA"))
-    package = {str(path.relative_to(ROOT)) for path in (ROOT / "cifar10").rglob("*.py")}
+    package = {str(path.relative_to(ROOT)) for kind in ("py", "html") for path in (ROOT / "cifar10").rglob(f"*.{kind}")}
     assert package == {name for name in names if ".dist-info/" not in name}
     lines = [line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     allowed = {requirement.name: requirement for requirement in map(Requirement, lines)}

@@ -11,7 +11,7 @@ SLOW = {"torch", "torchvision", "fastai", "matplotlib", "pandas", "numpy", "skle
 SCRIPTS = ("train.py", "predict.py", "interpret.py", "export.py", "app.py", "compare.py")
 ARGUMENTS = {  # what makes a correct command line of a script
     "train.py": [], "predict.py": ["RUN", "cat.jpg"], "interpret.py": ["RUN"], "export.py": ["RUN", "--onnx", "x.onnx"],
-    "app.py": [], "compare.py": ["RUN"],
+    "app.py": ["RUN"], "compare.py": ["RUN"],
 }  # fmt: skip
 
 
@@ -54,7 +54,10 @@ def test_an_option_that_does_not_exist(script):
         ("predict.py RUN cat.jpg --topk 0", "error: topk is 0; it must be at least 1"),
         ("predict.py RUN cat.jpg --csv nowhere/x.csv", "predict.py: error: argument --csv: nowhere/x.csv can't be"),
         ("interpret.py", "interpret.py: error: the following arguments are required: run"),
-        ("export.py RUN", "error: there is nothing to do; give --onnx or --torch, or both"),
+        ("export.py RUN", "error: there is nothing to do; give --onnx, --torch or --web"),
+        ("export.py RUN --web docs", "export.py: error: argument --web: docs is not an empty folder; choose another"),
+        ("export.py RUN --onnx x --runtime y", "error: --runtime is for the page of --web; add --web, or leave it out"),
+        ("app.py", "app.py: error: the following arguments are required: run"),
         ("app.py RUN --port 99999", "error: port is 99999; it must be from 1 to 65535"),
         ("compare.py", "compare.py: error: the following arguments are required: runs"),
     ],
