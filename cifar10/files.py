@@ -129,6 +129,6 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 def save_figure(path: Path):
     """Write matplotlib's current figure as PNG and close it."""
     png = io.BytesIO()
-    plt.savefig(png, dpi=100, format="png")
+    plt.gcf().savefig(png, dpi=100, format="png")  # plt.savefig would draw the figure once more
     plt.close()
     write(path, png.getvalue())

@@ -24,6 +24,7 @@ SERVER.set_forkserver_preload(
     ["cifar10.data", "cifar10.training", "cifar10.runs", "cifar10.interpretation", "torch.distributed.launcher.api"]
 )
 FORK = multiprocessing.get_context("fork")
+BLANK_PLOTS = {"TESTS_BLANK_PLOTS": "1"}  # in the environment of warm_python(): as `command` with `drawn=False`
 
 
 class Done(NamedTuple):
@@ -34,16 +35,31 @@ class Done(NamedTuple):
     stderr: str
 
 
-def become(script: str, arguments: list[str], cwd: str, outputs: list[str], file_size: int | None):
+def become(script: str, arguments: list[str], cwd: str, outputs: list[str], file_size: int | None, drawn: bool):
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     if file_size:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if not drawn:
+        leave_plots_blank()
     os.chdir(cwd)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     run_python([str(ROOT / script), *arguments])
+
+
+def save_blank(figure, file, **_):
+    from PIL import Image
+
+    Image.new("L", (1, 1)).save(file, "png")
+
+
+def leave_plots_blank():
+    """In this process, save a pixel in the place of each figure, whose layout takes most of the time of a short run."""
+    from matplotlib.figure import Figure
+
+    Figure.savefig = save_blank
 
 
 def run_python(words: list[str]):
@@ -62,10 +78,13 @@ def run_python(words: list[str]):
         exec(compile(arguments[0], "<string>", "exec"), vars(sys.modules["__main__"]) | {"__name__": "__main__"})
 
 
-def command(script: str, *arguments, cwd: Path, file_size: int | None = None) -> Done:
-    """Run a script of ours in `cwd`, at most with files of `file_size` bytes; the process when it has ended."""
+def command(script: str, *arguments, cwd: Path, file_size: int | None = None, drawn: bool = True) -> Done:
+    """Run a script of ours in `cwd`, at most with files of `file_size` bytes; the process when it has ended.
+
+    If not `drawn`, plots are made as usual but saved as a single pixel; see `leave_plots_blank`.
+    """
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        arguments = (script, [str(a) for a in arguments], str(cwd), [out.name, err.name], file_size)
+        arguments = (script, [str(a) for a in arguments], str(cwd), [out.name, err.name], file_size, drawn)
         process = SERVER.Process(target=become, args=arguments)
         process.start()
         process.join()
@@ -149,6 +168,8 @@ def become_client(connection: socket.socket, descriptors: list[int], about: dict
     interrupted = signal.SIG_IGN if signal.SIGINT in about["ignored"] else signal.default_int_handler
     signal.signal(signal.SIGINT, interrupted)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if BLANK_PLOTS.items() <= os.environ.items():
+        leave_plots_blank()
     multiprocessing.set_executable(about["python"])
     options = list(takewhile(lambda word: word.startswith("-") and word not in ("-m", "-c"), about["words"]))
     sys.stdin = os.fdopen(0, closefd=False)

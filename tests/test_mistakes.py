@@ -268,8 +268,8 @@ def test_archives(shapes, tmp_path, name, content, says):
 # ---- What works
 
 
-def works(images: Path, cwd: Path):
-    done = command("train.py", "--data", images, *QUICK, cwd=cwd)
+def works(images: Path, cwd: Path, drawn: bool = False):
+    done = command("train.py", "--data", images, *QUICK, cwd=cwd, drawn=drawn)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -326,9 +326,9 @@ def test_odd_names(tmp_path):
         (images / split / "ring | größe $a^{b$\n2" / "0.png").rename(
             images / split / "ring | größe $a^{b$\n2" / "0 ü\n.png"
         )
-    works(images, tmp_path)
+    works(images, tmp_path, drawn=True)
     (run,) = (tmp_path / "runs").iterdir()
-    done = command("interpret.py", run, cwd=tmp_path)
+    done = command("interpret.py", run, cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
     assert r"| ring \| größe \$a^\{b\$\\n2 | " in (run / "report.md").read_text()
 
@@ -428,7 +428,7 @@ def test_options_of_a_run_stay(run):
         "--device",
         "cpu",
     )
-    assert command("train.py", "--resume", "run", *same, cwd=cwd).returncode == 0
+    assert command("train.py", "--resume", "run", *same, cwd=cwd, drawn=False).returncode == 0
 
 
 def test_images_that_have_moved(run):
@@ -436,13 +436,14 @@ def test_images_that_have_moved(run):
     images = Path(config["options"]["data"]).expanduser()
     moved = shutil.copytree(images, run.parent / "moved")
     change_config(run, lambda config: config["options"].update(data="gone"))
-    assert command("train.py", "--resume", "run", "--data", "moved", cwd=run.parent).returncode == 0
+    again = command("train.py", "--resume", "run", "--data", "moved", cwd=run.parent, drawn=False)
+    assert again.returncode == 0
     saved = json.loads((run / "config.json").read_text())["options"]["data"]
     assert Path(saved).expanduser() == moved
-    assert command("interpret.py", "run", cwd=run.parent).returncode == 0  # it knows the new place
+    assert command("interpret.py", "run", cwd=run.parent, drawn=False).returncode == 0  # it knows the new place
     moved = moved.rename(run.parent / "moved again")
     refused("run", cwd=run.parent, script="interpret.py", says="there is no ")
-    assert command("interpret.py", "run", "--data", moved, cwd=run.parent).returncode == 0
+    assert command("interpret.py", "run", "--data", moved, cwd=run.parent, drawn=False).returncode == 0
 
 
 def test_histories(run):
@@ -450,8 +451,9 @@ def test_histories(run):
     finish(run)
     refused("run", cwd=run.parent, script="interpret.py", says="history.csv can't be read as a table of numbers")
     (run / "metrics.json").unlink()
-    assert command("train.py", "--resume", "run", cwd=run.parent).returncode == 0  # the checkpoint has them as well
-    assert command("interpret.py", "run", cwd=run.parent).returncode == 0
+    resumed = command("train.py", "--resume", "run", cwd=run.parent, drawn=False)
+    assert resumed.returncode == 0  # the checkpoint has them as well
+    assert command("interpret.py", "run", cwd=run.parent, drawn=False).returncode == 0
     (run / "batches.csv").write_bytes(b"\xff,\n\n")
     refused("run", cwd=run.parent, script="interpret.py", says="batches.csv can't be read as a table of numbers")
 

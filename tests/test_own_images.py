@@ -117,7 +117,7 @@ def test_three_splits(three, tmp_path):
     again = next(iter(dls[2]))[0]
     assert torch.equal(images, again)  # no augmentation
     short = ("--epochs", 2, "--peak_epoch", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
-    done = command("train.py", "--data", three, *short, cwd=tmp_path)
+    done = command("train.py", "--data", three, *short, cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/run"
     metrics = json.loads((run / "metrics.json").read_text())
@@ -267,7 +267,7 @@ def test_how_images_are_read_is_remembered(tmp_path):
         Image.open(file).resize((32, 96)).save(file)
     options = ["--image_column", "id", "--label_column", "kind", "--images", "photos/train", "--skip_classes", "junk"]
     short = ["--epochs", 1, "--batch_size", 4, "--width", 4, "--lr_max", 0.1, "--name", "run", "--resize", "squish"]
-    done = command("train.py", "--data", "list.csv", *options, *short, cwd=tmp_path)
+    done = command("train.py", "--data", "list.csv", *options, *short, cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
     assert "2 classes (cross, ring); 19 training and 5 validation images, 32×96 pixels, resized to 32×32" in done.stdout
     run = tmp_path / "runs/run"
@@ -277,7 +277,7 @@ def test_how_images_are_read_is_remembered(tmp_path):
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = command("interpret.py", run, "--out", "again", cwd=elsewhere)
+    done = command("interpret.py", run, "--out", "again", cwd=elsewhere, drawn=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((elsewhere / "again/metrics.json").read_text())["accuracy"] == metrics["accuracy"]
     files = sorted(flat.rglob("*.png"))
@@ -294,23 +294,25 @@ def test_how_images_are_read_is_remembered(tmp_path):
     flat.rename(elsewhere / "images")
     (tmp_path / "list.csv").rename(elsewhere / "list.csv")
     same = ("--data", "list.csv", "--images", "images", "--skip_classes", "junk")
-    done = command("train.py", "--resume", run, *same, cwd=elsewhere)
+    done = command("train.py", "--resume", run, *same, cwd=elsewhere, drawn=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "config.json").read_text())["options"]["images"] == str(elsewhere / "images")
-    done = command("interpret.py", run, "--data", elsewhere / "list.csv", cwd=tmp_path)  # in the folder beside it
+    beside = elsewhere / "list.csv"  # as is the folder of its images
+    done = command("interpret.py", run, "--data", beside, cwd=tmp_path, drawn=False)
     assert done.returncode == 0 and "held-out images correct" in done.stdout, done.stderr
     (elsewhere / "other.csv").write_text((elsewhere / "list.csv").read_text().replace("id,kind,", "name,sort,"))
     other = ["--data", elsewhere / "other.csv", "--images", elsewhere / "images", "--out", "other"]
     done = command("interpret.py", run, *other, cwd=tmp_path)
     assert done.returncode == 2 and "has no column 'id'; its columns are name, sort, other" in done.stderr
-    done = command("interpret.py", run, *other, "--image_column", "name", "--label_column", "sort", cwd=tmp_path)
+    other += ["--image_column", "name", "--label_column", "sort"]
+    done = command("interpret.py", run, *other, cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_weights_that_do_not_say_how_images_are_resized(tmp_path, shapes):
     """They are from before there was a choice."""
     short = ["--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run"]
-    assert command("train.py", "--data", shapes, *short, cwd=tmp_path).returncode == 0
+    assert command("train.py", "--data", shapes, *short, cwd=tmp_path, drawn=False).returncode == 0
     run, image = tmp_path / "runs/run", Image.effect_noise((40, 80), 90)
     before = Classifier.load(run).predict(image)
     config = json.loads((run / "config.json").read_text())
@@ -325,9 +327,9 @@ def test_weights_that_do_not_say_how_images_are_resized(tmp_path, shapes):
     (run / "config.json").write_text(json.dumps(config))
     save_tensors(run / "model.safetensors", tensors, **about)
     assert torch.equal(Classifier.load(run).predict(image), before)
-    assert command("interpret.py", run, cwd=tmp_path).returncode == 0
+    assert command("interpret.py", run, cwd=tmp_path, drawn=False).returncode == 0
     (run / "metrics.json").unlink()
-    assert command("train.py", "--resume", run, cwd=tmp_path).returncode == 0
+    assert command("train.py", "--resume", run, cwd=tmp_path, drawn=False).returncode == 0
     assert load_tensors(run / "model.safetensors")[1]["data"]["resize"] == "crop"
 
 
@@ -388,17 +390,17 @@ def test_splits_and_a_part_to_hold_out(three):
 def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     """It is about the images that were held out, as in the run's own folder."""
     short = ("--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
-    assert command("train.py", "--data", flat, *short, cwd=tmp_path).returncode == 0
-    done = command("interpret.py", "runs/run", "--out", "elsewhere", "--tta", cwd=tmp_path)
+    assert command("train.py", "--data", flat, *short, cwd=tmp_path, drawn=False).returncode == 0
+    done = command("interpret.py", "runs/run", "--out", "elsewhere", "--tta", cwd=tmp_path, drawn=False)
     assert "of 10 train held-out images correct" in done.stdout, done.stderr
     run, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("runs/run", "elsewhere"))
     done = command("interpret.py", "runs/run", "--split", "train", "--out", tmp_path / "runs/run", cwd=tmp_path)
     assert done.returncode == 2 and "is the run's own folder; choose another --out" in done.stderr
-    done = command("interpret.py", "runs/run", "--out", tmp_path / "runs/run", cwd=tmp_path)
+    done = command("interpret.py", "runs/run", "--out", tmp_path / "runs/run", cwd=tmp_path, drawn=False)
     assert done.returncode == 0 and json.loads((tmp_path / "runs/run/metrics.json").read_text()).keys() == run.keys()
     assert {key: run[key] for key in other} == other and (tmp_path / "elsewhere/report.html").is_file()
     (flat / "ring/broken.png").write_text("no image")
-    done = command("interpret.py", "runs/run", "--data", flat, "--skip_broken", cwd=tmp_path)
+    done = command("interpret.py", "runs/run", "--data", flat, "--skip_broken", cwd=tmp_path, drawn=False)
     assert "of 10 held-out images correct" in done.stdout, done.stderr
     Image.new("RGB", (32, 32), "red").save(flat / "ring/more.png")
     done = command("interpret.py", "runs/run", "--out", "third", "--skip_broken", cwd=tmp_path)

@@ -9,8 +9,9 @@ import subprocess
 
 import pytest
 import torch
-from commandline import ROOT, command, warm_python
+from commandline import BLANK_PLOTS, ROOT, command, save_blank, warm_python
 from filelock import FileLock
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -102,7 +103,7 @@ def test_the_same_command_gives_the_same_weights_and_another_does_not(shapes, tm
     arguments = ("--data", shapes, "--epochs", 2, "--peak_epoch", 1, "--batch_size", 24, "--lr_max", 0.01, "--width", 8)
     others = {"seed": ("--seed", 7), "norm": ("--norm", "layer"), "valid": ("--valid", "holdout")}
     for name, more in ({"a": (), "b": ()} | others).items():
-        done = command("train.py", *arguments, *more, "--runs_dir", "here", "--name", name, cwd=tmp_path)
+        done = command("train.py", *arguments, *more, "--runs_dir", "here", "--name", name, cwd=tmp_path, drawn=False)
         assert done.returncode == 0, done.stderr
     a, b, *rest = (load_file(tmp_path / "here" / name / "model.safetensors") for name in ("a", "b", *others))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -140,7 +141,8 @@ def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, num
     assert process.returncode == status
     (how,) = re.findall(rf"^stopped by {by}; resume with: (.*)$", errors.strip())
     how = re.sub(r"^\S+", warm_python(), how)
-    done = subprocess.run(how, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | BLANK_PLOTS
+    done = subprocess.run(how, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"Resuming after epoch \d+ of 40", done.stdout)
     assert read_csv(tmp_path / "runs/long/history.csv")["epoch"] == list(range(1, 41))
@@ -150,9 +152,9 @@ def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, num
 def test_the_fast_recipe_and_how_it_resumes(shapes, tmp_path):
     """Killed by a limit for the size of a file after its first epoch, it ends like the run that wasn't."""
     options = ("--data", shapes, "--recipe", "fast", "--epochs", 4, "--width", 4, "--batch_size", 8)
-    assert command("train.py", *options, "--name", "whole", cwd=tmp_path).returncode == 0
+    assert command("train.py", *options, "--name", "whole", cwd=tmp_path, drawn=False).returncode == 0
     assert command("train.py", *options, "--name", "stopped", cwd=tmp_path, file_size=200_000).returncode == 2
-    assert command("train.py", "--resume", "last", cwd=tmp_path).returncode == 0
+    assert command("train.py", "--resume", "last", cwd=tmp_path, drawn=False).returncode == 0
     whole, stopped = (tmp_path / "runs" / name for name in ("whole", "stopped"))
     for name in ("model.safetensors", "batches.csv", "report.md"):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
@@ -171,7 +173,7 @@ def test_a_full_disk(shapes, tmp_path):
     assert "epoch-00001.safetensors can't be written (File too large); free some disk space, then resume with: " in line
     (kept,) = (tmp_path / "runs/full/checkpoints").iterdir()
     assert kept.name == "epoch-00000.safetensors"
-    done = command("train.py", "--resume", "last", cwd=tmp_path)
+    done = command("train.py", "--resume", "last", cwd=tmp_path, drawn=False)
     assert done.returncode == 0 and "Resuming after epoch 0 of 2" in done.stdout
     assert visible(tmp_path / "runs/full") == FILES - {"lr_find.png", "lr_find.csv"}
 
@@ -207,7 +209,7 @@ def test_the_readmes_repl_lines(tmp_path):
 def test_a_changed_recipe_does_not_change_a_resumed_run(shapes, tmp_path):
     """Stopped after its first epoch; then recipes.py is edited, and the run still ends as it would have."""
     quick = ("--data", shapes, "--recipe", "fast", "--epochs", 2, "--width", 4, "--batch_size", 24)
-    assert command("train.py", *quick, "--name", "whole", cwd=tmp_path).returncode == 0
+    assert command("train.py", *quick, "--name", "whole", cwd=tmp_path, drawn=False).returncode == 0
     assert command("train.py", *quick, "--name", "stopped", cwd=tmp_path, file_size=200_000).returncode == 2
     code = """
 import sys
@@ -217,7 +219,7 @@ recipes.RECIPES["fast"] = replace(recipes.FAST, momentum=0.1, label_smoothing=0.
 import train
 train.main(resume="runs/stopped")
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | BLANK_PLOTS | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([warm_python(), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "batches.csv", "report.md"):
@@ -226,6 +228,7 @@ train.main(resume="runs/stopped")
 
 def test_a_run_that_another_process_has_finished_meanwhile(shapes, tmp_path, monkeypatch):
     """Between the start of a resume and its lock: nothing is trained, and the other's config.json stays."""
+    monkeypatch.setattr(Figure, "savefig", save_blank)
     quick = dict(data=str(shapes), epochs=1, width=4, lr_max=0.01, batch_size=24, runs_dir=str(tmp_path), name="run")
     train.main(**quick)
     run = Run.open(tmp_path / "run")

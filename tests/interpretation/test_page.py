@@ -55,21 +55,21 @@ def test_it_holds_no_address(report):
 def test_interpret_renews_it_and_writes_one_for_other_images(report, tmp_path):
     shutil.copytree(report, tmp_path / "run")
     (tmp_path / "run/report.html").unlink()
-    assert command("interpret.py", tmp_path / "run", cwd=tmp_path).returncode == 0
+    assert command("interpret.py", tmp_path / "run", cwd=tmp_path, drawn=False).returncode == 0
     own = (tmp_path / "run/report.html").read_text()
     assert "Wilson" in own and own.count("<img") == 6 and "images per second" in own
     other = make_images(tmp_path / "other", train=5, test=3, classes=("ring", f'{EVIL}"&'))
-    done = command("interpret.py", tmp_path / "run", "--data", other, "--tta", cwd=tmp_path)
+    done = command("interpret.py", tmp_path / "run", "--data", other, "--tta", cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
     assert "of 6 other images (test) correct" in done.stdout and "with test-time augmentation" in done.stdout
     assert (tmp_path / "run/other-test/report.html").read_text().count("<img") == 4  # without the training
-    done = command("interpret.py", tmp_path / "run", "--data", other, "--split", "all", "--out", "there", cwd=tmp_path)
+    every = ("--data", other, "--split", "all", "--out", "there")
+    done = command("interpret.py", tmp_path / "run", *every, cwd=tmp_path, drawn=False)
     assert done.returncode == 0 and "of 16 other images (all) correct" in done.stdout
     (tmp_path / "mine/examples").mkdir(parents=True)
     (tmp_path / "mine/examples/holiday.png").write_text("of the user")
-    done = command(
-        "interpret.py", tmp_path / "run", "--split", "train", "--out", "mine", cwd=tmp_path
-    )  # its own images
+    its_own = ("--split", "train", "--out", "mine")
+    done = command("interpret.py", tmp_path / "run", *its_own, cwd=tmp_path, drawn=False)
     assert done.returncode == 0 and "of 72 images images (train) correct" in done.stdout, done.stderr
     assert (tmp_path / "mine/examples/holiday.png").read_text() == "of the user"
     assert (tmp_path / "run/report.html").read_text() == own

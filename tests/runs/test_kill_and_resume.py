@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from commandline import ROOT, SERVER, command
 from fastai.vision.all import Learner
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 import train
 from cifar10.files import read_csv, write_json
@@ -41,7 +41,7 @@ PHASES = {
     "training": (Learner, "one_batch", lambda learn, *_: is_training(learn), 2 * EPOCH_STEPS, 0.1),
     "validation": (Learner, "one_batch", lambda learn, *_: not learn.training, 2 * EPOCH_VALID_STEPS, 0.05),
     "writing a checkpoint": (checkpoint, "save_tensors", lambda *_: True, 3, 0.05),
-    "plotting": (plt, "savefig", lambda *_: True, 6, 0.5),
+    "plotting": (Figure, "savefig", lambda *_: True, 6, 0.5),
 }  # fmt: skip
 
 
