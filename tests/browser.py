@@ -10,7 +10,7 @@ from selenium import webdriver
 
 
 @contextmanager
-def chromium(width: int = 1280, height: int = 1000, dark: bool = False) -> Iterator[webdriver.Chrome]:
+def chromium(width: int = 1280, height: int = 1000) -> Iterator[webdriver.Chrome]:
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not browser or not driver:
         pytest.skip("needs chromium and chromedriver")
@@ -22,14 +22,18 @@ def chromium(width: int = 1280, height: int = 1000, dark: bool = False) -> Itera
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
-        # Not the window's size, which has a lower limit.
-        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
-        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        set_screen(chrome, width, height)
         yield chrome
     finally:
         chrome.quit()
+
+
+def set_screen(chrome: webdriver.Chrome, width: int, height: int, dark: bool = False):
+    # Not the window's size, which has a lower limit.
+    size = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
 
 
 def requests(chrome: webdriver.Chrome) -> list[str]:

@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from browser import chromium, requests
+from browser import chromium, requests, set_screen
 from commandline import command
 from conftest import make_images
 from selenium.webdriver.common.by import By
@@ -23,28 +23,35 @@ def report(tmp_path_factory):
     return cwd / "runs/run"
 
 
+@pytest.fixture(scope="module")
+def chrome():
+    with chromium() as chrome:
+        yield chrome
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_in_a_browser(report, width, dark):
-    with chromium(width, dark=dark) as chrome:
-        chrome.get(f"file://{report}/report.html")
-        assert chrome.get_log("browser") == []  # no errors, no warnings
-        assert [url for url in requests(chrome) if not url.startswith(("file:", "data:"))] == []
-        images = chrome.find_elements(By.TAG_NAME, "img")
-        assert len(images) == 6 and all(image.get_property("naturalWidth") > 300 for image in images)
-        assert all(image.get_attribute("alt") for image in images)
-        assert chrome.execute_script("return document.documentElement.scrollWidth") <= width
-        background, color = (
-            sum(map(int, re.findall(r"\d+", chrome.find_element(By.TAG_NAME, "body").value_of_css_property(name))[:3]))
-            for name in ("background-color", "color")
-        )
-        assert (background < color) == dark and abs(background - color) > 400
-        assert EVIL in chrome.find_element(By.TAG_NAME, "main").text  # as text, not as a script
-        cells = [cell.text for cell in chrome.find_elements(By.TAG_NAME, "td")]
-        assert any(cell.startswith("python train.py --data") for cell in cells)
+def test_in_a_browser(report, chrome, width, dark):
+    set_screen(chrome, width, 1000, dark)
+    chrome.get(f"file://{report}/report.html")
+    assert chrome.get_log("browser") == []  # no errors, no warnings
+    assert [url for url in requests(chrome) if not url.startswith(("file:", "data:"))] == []
+    images = chrome.find_elements(By.TAG_NAME, "img")
+    assert len(images) == 6 and all(image.get_property("naturalWidth") > 300 for image in images)
+    assert all(image.get_attribute("alt") for image in images)
+    assert chrome.execute_script("return document.documentElement.scrollWidth") <= width
+    background, color = (
+        sum(map(int, re.findall(r"\d+", chrome.find_element(By.TAG_NAME, "body").value_of_css_property(name))[:3]))
+        for name in ("background-color", "color")
+    )
+    assert (background < color) == dark and abs(background - color) > 400
+    assert EVIL in chrome.find_element(By.TAG_NAME, "main").text  # as text, not as a script
+    cells = [cell.text for cell in chrome.find_elements(By.TAG_NAME, "td")]
+    assert any(cell.startswith("python train.py --data") for cell in cells)
 
 
+@pytest.mark.slow
 def test_it_holds_no_address(report):
     page = (report / "report.html").read_text()
     text = re.sub(r"data:image/png;base64,[\w+/=]+", "", page)  # whose letters may be any word
@@ -52,6 +59,7 @@ def test_it_holds_no_address(report):
     assert "<script" not in page
 
 
+@pytest.mark.slow
 def test_interpret_renews_it_and_writes_one_for_other_images(report, tmp_path):
     shutil.copytree(report, tmp_path / "run")
     (tmp_path / "run/report.html").unlink()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import wandb
-from commandline import ROOT
+from commandline import BLANK_PLOTS, ROOT, warm_python
 from conftest import small
 from fastai.vision.all import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,8 +24,8 @@ from train import get_dls
 QUICK = ("--data", "digits", "--epochs", "2", "--peak_epoch", "1", "--width", "2", "--lr_max", "0.1")
 
 
-def train(tracker, cwd, name="run", **environment):
-    words = [sys.executable, ROOT / "train.py", *QUICK, "--tracker", tracker, "--name", name]
+def train(tracker, cwd, name="run", python=sys.executable, **environment):
+    words = [python, ROOT / "train.py", *QUICK, "--tracker", tracker, "--name", name]
     about = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # that of another test
     done = subprocess.run(words, cwd=cwd, env=about | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -34,7 +34,7 @@ def train(tracker, cwd, name="run", **environment):
 
 @pytest.mark.slow
 def test_tensorboard(tmp_path):
-    run = train("tensorboard", tmp_path)
+    run = train("tensorboard", tmp_path, python=warm_python(), **BLANK_PLOTS)
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     found = [event.value for event in events.Scalars("accuracy")]
@@ -105,6 +105,7 @@ def test_wandb_knows_runs_of_one_name_apart(dls, tmp_path, monkeypatch):
     assert identify(runs[0]) == "kid-s-photos---1"
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login(tmp_path):
     words = [sys.executable, ROOT / "train.py", *QUICK, "--tracker", "wandb"]
     nobody = dict(HOME=str(tmp_path), WANDB_MODE="online", WANDB_API_KEY="", NETRC=str(tmp_path / "none"))
