@@ -19,7 +19,7 @@ from cifar10.hardware import resolve_precision
 from cifar10.recipes import ASSIGNMENT, RECIPES
 from cifar10.training import callbacks
 from cifar10.training.callbacks import StopAtNaN
-from cifar10.training.learner import Learner
+from cifar10.training.learner import Learner, build_learner
 from cifar10.training.optim import Muon
 from train import fit, get_dls, get_learner
 
@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 def test_schedule_of_the_notebook(tmp_path):
     """lr_max 0.0416, div 8, annihilation, 98 steps an epoch: the notebook's learning rate after each epoch."""
     expected = read_csv(ROOT / "results/notebook/log.csv")["lr_after_last_batch"]
-    dls = get_dls(make_images(tmp_path / "images", train=49, test=1), batch_size=1)
-    learn = get_learner(dls, width=1, norm="layer")
+    dls = get_dls(make_images(tmp_path / "images", train=49, test=1, size=8), size=16, batch_size=1)
+    learn = build_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)), ASSIGNMENT, "fp32")
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(24, 0.0416, div=8, div_final=1e5, pct_start=5 / 24)
     ours = [float(lr) for lr in learn.recorder.lrs[len(dls.train) - 1 :: len(dls.train)]]
