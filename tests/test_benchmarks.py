@@ -19,6 +19,7 @@ from cifar10.errors import UserError
 from cifar10.recipes import RECIPES
 from cifar10.training.tricks import count_flop
 from model import ResNet
+from train import get_dls
 
 
 def module(name: str, *arguments, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -212,7 +213,7 @@ def test_seeds_on_the_command_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, monkeypatch):
+def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(shapes, tmp_path, monkeypatch):
     """From its first step to its last, so that it doesn't fail on a GPU that is at hand for minutes only."""
     modes, out = [], tmp_path / "gpu.json"
 
@@ -228,7 +229,7 @@ def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, 
     def train(dls, recipe, seed, width):
         if (recipe.name, seed) == ("assignment", 0):
             raise UserError("the loss blows up")
-        return train_once(dls, replace(recipe, batch_size=64), seed, width)
+        return train_once(dls, recipe, seed, width)
 
     train_once = gpu.train_once
     monkeypatch.setattr(gpu, "train_once", train)
@@ -238,8 +239,10 @@ def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
     monkeypatch.setattr(gpu, "BETWEEN_SYNCS", 4)
     for name, recipe in RECIPES.items():
-        monkeypatch.setitem(RECIPES, name, replace(recipe, epochs=1, peak_epoch=0.2, lr_max=recipe.lr_max or 0.1))
-    gpu.measure(digits, steps=3, rounds=1, seeds=2, width=4, end=math.inf, out=str(out))
+        short = dict(epochs=1, peak_epoch=0.2, batch_size=8, lr_max=recipe.lr_max or 0.1)
+        monkeypatch.setitem(RECIPES, name, replace(recipe, **short))
+    dls = get_dls(shapes, batch_size=8)
+    gpu.measure(dls, steps=3, rounds=1, seeds=2, width=4, end=math.inf, out=str(out))
     figures = json.loads(out.read_text())
     assert figures["step"]["ratio"] > 0 and "no compiler" in figures["compile"]
     assert figures["waits"] == {name: {"fastai/learner.py/7": 1} for name in RECIPES}
@@ -249,6 +252,6 @@ def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(digits, tmp_path, 
         assert figures[name]["seeds"] == ([1] if name == "assignment" else [0, 1])
         assert len(figures[name]["accuracy"]["values"]) == len(figures[name]["seeds"])
         assert figures[name]["peak_memory_gib"] == 1
-    gpu.measure(digits, steps=3, rounds=1, seeds=2, width=4, end=time.perf_counter(), out=str(out))
+    gpu.measure(dls, steps=3, rounds=1, seeds=2, width=4, end=time.perf_counter(), out=str(out))
     figures = json.loads(out.read_text())
     assert not set(RECIPES) & set(figures) and figures["compile"] == "no time was left"
