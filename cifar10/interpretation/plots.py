@@ -181,7 +181,8 @@ def plot_grad_cam(interp: Interpretation):
     for ax in grid.flat:
         if not ax.images:
             ax.axis("off")
-    add_evidence_bar(figure, shown, "evidence, relative to the map's maximum", ax=grid, shrink=0.5, aspect=40, pad=0)
+    place = dict(ax=grid, shrink=1 / bands, aspect=40, pad=0)  # as long as its label, in one band, too
+    add_evidence_bar(figure, shown, "evidence, relative to the map's maximum", **place)
     figure.suptitle(f"Grad-CAM, the evidence for each class, of the {title_of_hardest(interp, len(rows))}")
 
 
