@@ -43,6 +43,7 @@ def test_any_number_of_images(exported, count):
     torch.testing.assert_close(torch.export.load(folder / "m.pt2").module()(images), expected)
 
 
+@pytest.mark.slow
 def test_the_metadata_name_the_classes(exported):
     _, folder = exported
     about = {entry.key: entry.value for entry in onnx.load(folder / "m.onnx").metadata_props}
@@ -84,6 +85,7 @@ def test_a_difference_is_an_error():
             export.check("x", probabilities, other)
 
 
+@pytest.mark.slow
 def test_mistakes(exported, tmp_path):
     done = command("export.py", exported[0], cwd=tmp_path)
     assert done.returncode == 2 and "there is nothing to do; give --onnx, --torch or --web" in done.stderr

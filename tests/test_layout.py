@@ -95,6 +95,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.slow
 def test_every_module_imports_on_windows_and_macos():
     """There, `fcntl` and `resource` or the C library's functions are missing; the libraries know how to do without."""
     code = f"""

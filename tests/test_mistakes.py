@@ -318,6 +318,7 @@ def test_other_files_are_ignored(tmp_path):
     assert "48 training and" in works(images, tmp_path)
 
 
+@pytest.mark.slow
 def test_odd_names(tmp_path):
     images = make_images(tmp_path / "my images ✓\nof 2026 $x_1$")
     for split in ("train", "test"):
@@ -431,6 +432,7 @@ def test_options_of_a_run_stay(run):
     assert command("train.py", "--resume", "run", *same, cwd=cwd, drawn=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_images_that_have_moved(run):
     config = json.loads((run / "config.json").read_text())
     images = Path(config["options"]["data"]).expanduser()

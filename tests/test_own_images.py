@@ -258,6 +258,7 @@ def test_any_size(tmp_path):
     assert torch.equal(same[0], next(iter(dls.valid))[0][0])
 
 
+@pytest.mark.slow
 def test_how_images_are_read_is_remembered(tmp_path):
     """By resume, interpret.py and predict.py, wherever they are started; the table's folder may move."""
     flat = make_images(tmp_path / "photos", train=12, test=0) / "train"
@@ -309,6 +310,7 @@ def test_how_images_are_read_is_remembered(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_say_how_images_are_resized(tmp_path, shapes):
     """They are from before there was a choice."""
     short = ["--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run"]
@@ -387,6 +389,7 @@ def test_splits_and_a_part_to_hold_out(three):
     assert len(get_dls(three, batch_size=8, valid_pct=0.25, valid="holdout").valid_ds) == 12
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     """It is about the images that were held out, as in the run's own folder."""
     short = ("--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")

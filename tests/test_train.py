@@ -81,6 +81,7 @@ def test_its_metrics_agree(run):
         assert min(Image.open(picture).size) >= 300
 
 
+@pytest.mark.slow
 def test_interpret_makes_the_plots_again(run):
     folder, _ = run
     plots = ["misclassified.png", "gradcam.png", "curves.png", "confusion_matrix.png", "report.md"]
@@ -99,6 +100,7 @@ def test_interpret_makes_the_plots_again(run):
     assert {name: (folder / name).read_bytes() for name in plots} == before
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_weights_and_another_does_not(shapes, tmp_path):
     arguments = ("--data", shapes, "--epochs", 2, "--peak_epoch", 1, "--batch_size", 24, "--lr_max", 0.01, "--width", 8)
     others = {"seed": ("--seed", 7), "norm": ("--norm", "layer"), "valid": ("--valid", "holdout")}
@@ -123,6 +125,7 @@ def test_help_explains_each_option_with_its_default(tmp_path):
     assert text.count("(default: ") >= 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "by", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
 def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, number, by, status):
     options = {"--data": shapes, "--lr_max": 0.01, "--epochs": 40, "--width": 4, "--batch_size": 24, "--name": "long"}
@@ -149,6 +152,7 @@ def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, num
     assert visible(tmp_path / "runs/long") == FILES - {"lr_find.png", "lr_find.csv"}
 
 
+@pytest.mark.slow
 def test_the_fast_recipe_and_how_it_resumes(shapes, tmp_path):
     """Killed by a limit for the size of a file after its first epoch, it ends like the run that wasn't."""
     options = ("--data", shapes, "--recipe", "fast", "--epochs", 4, "--width", 4, "--batch_size", 8)

@@ -68,6 +68,7 @@ def test_grad_cam_where_nothing_speaks_for_the_class():
         assert (heat == 0).all()
 
 
+@pytest.mark.slow
 def test_grad_cam_points_at_the_object(tmp_path):
     """One colored object on a textured background: the heat map's maximum lies in the object's box."""
     rng = np.random.default_rng(0)

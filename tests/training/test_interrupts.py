@@ -108,6 +108,7 @@ def test_an_lr_finder_restores_weights_momentum_and_hyperparameters(shapes, tmp_
     assert not hasattr(learn, "lr_finder")
 
 
+@pytest.mark.slow
 def test_every_callback_undoes_what_it_changed_for_a_fit(shapes, tmp_path):
     """In bfloat16, with all tricks, and with callbacks of fastai's that replace something or register hooks."""
     tricks = dict(clip=0.1, l1=1e-4, sizes=((24, 0.5), (32, 1.0)), freeze=(("prep", 0.0), ("layer1", 0.0)))
