@@ -4,9 +4,19 @@ import copy
 import re
 
 import pytest
+from commandline import ROOT
 
 from cifar10.interpretation.metrics import summarize
-from cifar10.interpretation.report import as_page, baseline, calibration, class_sections, escape, markdown_table
+from cifar10.interpretation.report import (
+    as_page,
+    baseline,
+    calibration,
+    class_sections,
+    escape,
+    markdown_table,
+    statements,
+)
+from cifar10.runs.run import Run
 
 
 def sections(interp) -> str:
@@ -28,6 +38,14 @@ def test_report_of_a_perfect_model_has_no_empty_table(interp):
     perfect = copy.copy(interp)
     perfect.targs = interp.decoded
     assert "100.0%" in sections(perfect) and "predicted" not in sections(perfect)
+
+
+def test_the_report_on_cifar10s_test_images_has_the_accuracy_of_the_notebook(interp):
+    run, metrics = Run.open(ROOT / "results/cifar10-best"), summarize(interp)
+    assert "- The accuracy of the assignment's notebook is 92.69%." in statements(run, metrics, own=True)
+    assert "notebook" not in statements(run, metrics, own=False)
+    run.sha256 = "0" * 64  # of other images
+    assert "notebook" not in statements(run, metrics, own=True)
 
 
 def test_a_table_in_markdown():
