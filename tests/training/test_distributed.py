@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from commandline import ROOT, command, warm_python
+from commandline import BLANK_PLOTS, ROOT, command, warm_python
 from filelock import FileLock
 
 import train
@@ -23,7 +23,7 @@ from cifar10.errors import UserError
 from cifar10.options import Options
 from cifar10.processes import is_lost, process_group
 
-OPTIONS = ["--data", "digits", "--width", 8, "--epochs", 3, "--peak_epoch", 1, "--lr_max", 0.1, "--precision", "fp32"]
+OPTIONS = ["--data", "digits", "--width", 4, "--epochs", 3, "--peak_epoch", 1, "--lr_max", 0.1, "--precision", "fp32"]
 OPTIONS += ["--name", "run", "--timeout", 900]
 LOST = "stopped by a lost connection to another process"
 
@@ -38,11 +38,11 @@ def torchrun(
     python=None,
     **variables,
 ):
-    """Run a script of ours in several processes; stderr goes to stdout."""
+    """Run a script of ours in several processes, with blank plots if warm; stderr goes to stdout."""
     python = python or warm_python()
     run = [*before, python, "-m", "torch.distributed.run", *launcher, "--nproc_per_node", processes]
     command = [str(word) for word in (*run, ROOT / script, *arguments)]
-    about = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python} | variables
+    about = os.environ | BLANK_PLOTS | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python} | variables
     return subprocess.Popen(command, cwd=cwd, env=about, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -172,7 +172,7 @@ def test_a_killed_process_ends_the_others_and_another_number_can_resume(digits, 
     process = torchrun("tests/killed.py", *OPTIONS, cwd=tmp_path)
     output = finish(process)
     assert process.returncode and output.count("; resume with: torchrun --standalone --nproc_per_node 2 ") == 1, output
-    done = command("train.py", "--resume", "last", cwd=tmp_path)
+    done = command("train.py", "--resume", "last", cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
     assert "Started with 2 and resumed with 1 processes: the result is the same only up to rounding" in done.stdout
 
