@@ -12,6 +12,7 @@ from statistics import mean
 from fastcore.script import anno_parser
 
 from benchmarks import ablation as ablations
+from benchmarks import small as small_sets
 from benchmarks.seeds import is_of
 from cifar10 import cli
 from cifar10.errors import UserError
@@ -143,7 +144,12 @@ def ablation() -> str:
     return "\n\n".join(ablations.table(name, results) for name, results in read_json("ablation.json").items())
 
 
-TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, ablation)}
+def small() -> str:
+    """Small data sets."""
+    return small_sets.table(read_json("small.json"))
+
+
+TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, ablation, small)}
 
 
 def render(page: str) -> str:

@@ -187,8 +187,8 @@ BEST = replace(
 # From the weights of another run. The last layer is fitted first; short training with the statistics of batch
 # normalization as they are keeps what the other layers know.
 FINETUNE = replace(
-    ASSIGNMENT, name="finetune", epochs=12, peak_epoch=3, lr_max=0.05, annihilate=True, train_norm_stats=False,
-    cutout=4,
+    ASSIGNMENT, name="finetune", epochs=12, peak_epoch=3, lr_max=0.02, annihilate=True, train_norm_stats=False,
+    cutout=4, muon_lr_scale=0.2,
 )  # fmt: skip
 
 RECIPES = {recipe.name: recipe for recipe in (ASSIGNMENT, FAST, FASTER, BEST, FINETUNE)}
