@@ -16,6 +16,7 @@ from cifar10.data.loaders import build_dls
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
 from cifar10.hardware import get_device
+from cifar10.interpretation.report import CIFAR10_SHA256
 from train import get_dls
 
 
@@ -140,12 +141,14 @@ def test_batch_size():
     assert get_dls("digits").bs == 64 and get_dls("digits", batch_size=100).bs == 100
 
 
+@pytest.mark.slow
 @pytest.mark.cifar10
 def test_cifar10(cifar10_path):
     dls = get_dls(cifar10_path)
     table = table_of(dls)
     assert (table.name, len(dls.train_ds), len(dls.valid_ds), dls.bs) == ("cifar10", 50_000, 10_000, 512)
     assert dls.vocab == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    assert table.hash == CIFAR10_SHA256
     mean, std = table.stats(range(50_000))
     np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=5e-5)
     np.testing.assert_allclose(std, [0.24703223, 0.24348513, 0.26158784], atol=5e-5)

@@ -70,7 +70,7 @@ def outcome(run) -> list:
 
 
 def resume(run):
-    done = command("train.py", "--resume", run, cwd=ROOT)
+    done = command("train.py", "--resume", run, cwd=ROOT, drawn=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -79,7 +79,7 @@ def expected(tmp_path_factory):
     """The outcome of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     words = [f"--{name}={value}" for name, value in OPTIONS.items()]
-    done = command("train.py", *words, "--runs_dir", folder, "--name", "run", cwd=ROOT)
+    done = command("train.py", *words, "--runs_dir", folder, "--name", "run", cwd=ROOT, drawn=False)
     assert done.returncode == 0, done.stderr
     return outcome(folder / "run")
 
