@@ -139,28 +139,24 @@ def test_no_table_of_numbers(tmp_path, content):
         read_csv(tmp_path / "a.csv")
 
 
-PROGRAMS = [
-    "predict",
-    "export",
-    "compare",
-    *(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("[a-z]*.py")),
-]
+SCRIPTS = [import_module(name).Options for name in ("predict", "export", "compare")]
+BENCHMARKS = [import_module(f"benchmarks.{path.stem}") for path in (ROOT / "benchmarks").glob("[a-z]*.py")]
 OUTPUTS = [
-    (program.main, name)
-    for program in map(import_module, PROGRAMS)
-    for name in (signature(program.main).parameters if hasattr(program, "main") else ())
+    (schema, name)
+    for schema in [*SCRIPTS, *(program.main for program in BENCHMARKS if hasattr(program, "main"))]
+    for name in signature(schema).parameters
     if name in ("out", "csv", "json", "onnx", "torch")
-    and program.__name__ != "benchmarks.seeds"  # a folder, made at once
+    and schema.__module__ != "benchmarks.seeds"  # a folder, made at once
 ]
 
 
 @pytest.mark.parametrize(("target", "says"), [("no/file", "make its folder first"), (".", "give the name of a file")])
-@pytest.mark.parametrize(("main", "option"), OUTPUTS)
-def test_an_output_file_that_can_not_be_written_is_refused_before_the_work(main, option, target, says, capsys):
+@pytest.mark.parametrize(("schema", "option"), OUTPUTS)
+def test_an_output_file_that_can_not_be_written_is_refused_before_the_work(schema, option, target, says, capsys):
     with pytest.raises(SystemExit):
-        parse(main, [f"--{option}", target])
+        parse(schema, [f"--{option}", target])
     assert f"argument --{option}: {target} can't be written" in (said := capsys.readouterr().err) and says in said
 
 
 def test_all_output_files_are_known():
-    assert len(OUTPUTS) == 11, OUTPUTS
+    assert len(OUTPUTS) == 12, OUTPUTS

@@ -167,7 +167,7 @@ def choose_columns(
         first = image or next(name for name in rows if name != label)
         others = [name for name in rows if name != first]
         repeated = [name for name in others if 1 < rows[name].nunique() < len(rows)]  # as classes are
-        guess = label or next(iter([*repeated, *others]), "COLUMN")
+        guess = label or ["COLUMN", *others, *repeated][-1]
         options = ["--data", str(table), "--image_column", first, "--label_column", guess]
         raise UserError(f"{table} has the columns {enumerate_names(rows)}; {why}, like {shlex.join(options)}")
 

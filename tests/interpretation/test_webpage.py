@@ -14,7 +14,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from browser import chromium, requests
+from browser import chromium, requests, set_screen
 from commandline import ROOT, command
 from conftest import save_classifier
 from PIL import Image, ImageCms, ImageFilter
@@ -193,7 +193,8 @@ def test_pixels_are_those_of_pillow(small):
 @pytest.mark.parametrize("width, dark", [(360, True), (1280, False)], ids=["phone in the dark", "screen"])
 def test_with_eyes_keyboard_and_ears(small, tmp_path, width, dark):
     classifier, page = small
-    with serving(page) as address, chromium(width, dark=dark) as chrome:
+    with serving(page) as address, chromium() as chrome:
+        set_screen(chrome, width, 1000, dark)
         chrome.set_script_timeout(600)
         press = lambda *keys: ActionChains(chrome).send_keys(*keys).perform()  # noqa: E731
         focused = lambda: chrome.switch_to.active_element  # noqa: E731
