@@ -36,7 +36,7 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
     reading = {name: changes.pop(name) for name in {field.name for field in fields(Reading)} & {*changes}}
     images = ImageTable.open(data, valid=valid, **reading)
     if isinstance(recipe, str):
-        recipe = Options(recipe=recipe, valid=valid).resolve(images)
+        recipe = RECIPES[recipe].adapted(len(images.split_rows(valid)[0]), **images.defaults)
     recipe = replace(recipe, **changes | ({"batch_size": bs} if bs else {}))
     if recipe.batch_size > (count := len(images.split_rows(valid)[0])):
         raise UserError(f"batch_size is {recipe.batch_size}, above the {count:,} training images; lower it")
@@ -56,17 +56,18 @@ def get_learner(dls, recipe: str | Recipe | None = None, norm="batch", width: in
 
     `width` is the number of channels of the first layer, by default the recipe's. `weights`, the folder of a finished
     run or its model.safetensors, is where all layers but the last start from, and whose width, mean and standard
-    deviation are used. The default recipe is then "finetune", and otherwise "assignment".
+    deviation are used. The default recipe is then "finetune" (give it to `get_dls`, too), and otherwise "assignment".
+    Raises `UserError` for weights of another width or normalization.
     """
     recipe = recipe or ("finetune" if weights else "assignment")
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-    trained = ImageClassifier.load(weights, ResNet, device="cpu") if weights else None
-    width = width or (trained.model.args["width"] if trained else recipe.width)
-    model = ResNet(len(dls.vocab), norm=norm, width=width, logit_scale=recipe.logit_scale)
-    if trained:
-        recipe = init_pretrained(model, trained.model, recipe, trained.recipe)
+    if weights:
+        trained = ImageClassifier.load(weights, ResNet, device="cpu")
+        model, recipe = init_pretrained(trained.model, trained.recipe, recipe, len(dls.vocab), norm, width)
         dls = with_stats(dls, trained.mean, trained.std)
     else:
+        recipe = replace(recipe, width=width or recipe.width)
+        model = ResNet(len(dls.vocab), norm=norm, width=recipe.width, logit_scale=recipe.logit_scale)
         initialize(model, recipe, (batch[0] for batch in dls.train))
     return build_learner(dls, model, recipe, precision, **dict(splitter=split_by_depth) | kw)
 

@@ -24,7 +24,7 @@ from compare import spread
 from train import choose_lrs, fit, get_dls, get_learner
 
 
-def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int = 64, weights=None) -> dict[str, Any]:
+def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = None, weights=None) -> dict[str, Any]:
     """The metrics of a training run by a recipe: with the LR finder, if it has one, and validation. Needs no folder."""
     begin = now(dls.device)
     set_seed(seed, reproducible=True)
@@ -59,7 +59,7 @@ def main(
     first: int = 0,  # seed of the first of them
     valid: Annotated[str, choices("test", "holdout")] = "test",  # as for train.py
     changes: str = "{}",  # to the recipe, in JSON: '{"label_smoothing": 0}'
-    width: int = 64,  # width of the ResNet
+    width: int | None = None,  # of the ResNet (default: as for train.py)
     out: str = "",  # folder for the results
 ):
     "Train by a recipe from several seeds, and write the metrics of each."
@@ -69,6 +69,7 @@ def main(
         changed = Recipe.from_json(asdict(Options(recipe=recipe, valid=valid).resolve(images)) | fields)
     except (TypeError, ValueError) as reason:
         raise UserError(f"changes is {changes!r}; it must be a recipe's fields in JSON ({reason})") from None
+    width = width or changed.width
     about = dict(recipe=asdict(replace(changed, name=recipe)), valid=valid, width=width)
     about |= dict(data=dict(name=images.name, sha256=images.hash))
     folders = {seed: Path(out) / f"{recipe}-{seed}" for seed in range(first, first + seeds) if out}

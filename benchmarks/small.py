@@ -23,6 +23,7 @@ from benchmarks.seeds import train_once
 from cifar10 import cli
 from cifar10.cli import OutputFile
 from cifar10.data.table import ImageTable
+from cifar10.errors import UserError
 from cifar10.files import write_json
 from cifar10.hardware import collect_env
 from cifar10.interpretation import markdown_table
@@ -49,7 +50,7 @@ def plain(images: ImageTable, seed: int) -> float:
     """The accuracy of a plain fastai Learner."""
     recipe = Options().resolve(images)
     set_seed(seed, reproducible=True)
-    learn = learner.Learner(get_dls(images, recipe), ResNet(len(images.classes)), metrics=accuracy)
+    learn = learner.Learner(get_dls(images, recipe), ResNet(len(images.classes), width=recipe.width), metrics=accuracy)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(recipe.epochs)
     return float(learn.recorder.values[-1][-1])
@@ -99,6 +100,8 @@ def main(
         images = ImageTable.open(path, size=size)
         name = images.name if size == 32 else f"{images.name}, {size} pixels"
         found = results["sets"].setdefault(name, about(images))
+        if (found["sha256"], results.setdefault("weights", weights)) != (images.hash, weights):
+            raise UserError(f"{out} holds results of other images named {name}, or other weights; choose another --out")
         for model in models.split(","):
             accuracies = found["accuracies"].setdefault(model, {})
             for seed in range(1 if model == "frozen" else seeds):
@@ -106,7 +109,7 @@ def main(
                     accuracies[str(seed)] = measure(images, model, seed, weights)
                     print(f"{name}, {model}, seed {seed}: {accuracies[str(seed)]:.1%}", flush=True)
                     if out:
-                        write_json(Path(out), collect_env() | dict(weights=weights) | results)
+                        write_json(Path(out), results | collect_env())
     print(table(results))
 
 

@@ -19,7 +19,7 @@ class Options:
     """Train the assignment's ResNet with the one-cycle policy; write metrics and plots to a run folder."""
 
     data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
-    recipe: Annotated[str | None, choices(*RECIPES)] = None  # default: assignment, or finetune with --weights
+    recipe: Annotated[str | None, choices(*RECIPES)] = None  # default: assignment; finetune with --weights
     weights: str | None = None  # finished run to start from, or its model.safetensors (default: from scratch)
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
@@ -63,6 +63,8 @@ class Options:
             raise UserError(f"size is {self.size}; it must be a multiple of 8")
         if self.valid_pct is not None and not 0 < self.valid_pct < 1:
             raise UserError(f"valid_pct is {self.valid_pct}; it must be above 0 and below 1")
+        if self.recipe == "finetune" and not self.weights:
+            raise UserError("recipe is 'finetune', which starts from trained weights; add --weights")
         RECIPES[self.recipe_name].adapted(10**6, **self.changes)  # raises for a hyperparameter that makes no sense
 
     @property

@@ -204,8 +204,8 @@ def with_stats(dls: DataLoaders, mean: Tensor, std: Tensor) -> DataLoaders:
     normalize = Normalize.from_stats(mean.flatten().tolist(), std.flatten().tolist())
 
     def changed(loader: TensorDL) -> TensorDL:
-        transforms = [normalize if isinstance(tfm, Normalize) else tfm for tfm in loader.after_batch.fs]
-        return loader.new(after_batch=transforms)
+        others = [tfm for tfm in loader.after_batch.fs if not isinstance(tfm, Normalize)]
+        return loader.new(after_batch=[*others, normalize])
 
     return DataLoaders(*map(changed, dls.loaders), path=dls.path, device=dls.device)
 

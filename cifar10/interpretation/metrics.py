@@ -65,11 +65,15 @@ def log_probabilities(preds: Tensor) -> Tensor:
     return preds.clamp_min(torch.finfo(preds.dtype).tiny).log()
 
 
-def fit_temperature(preds: Tensor, targs: Tensor) -> float:
-    """The number to divide the logits by for the lowest cross-entropy. Fit it on held-out images."""
+def fit_temperature(preds: Tensor, targs: Tensor) -> float | None:
+    """The number to divide the logits by for the lowest cross-entropy. Fit it on held-out images.
+
+    `None` if it is not between 1/10 and 10: few images, or too many mistakes or none, determine no temperature.
+    """
     logits = log_probabilities(preds.double())
     loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targs).item()  # noqa: E731
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+    temperature = float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+    return temperature if 0.1 < temperature < 10 else None
 
 
 def with_temperature(preds: Tensor, temperature: float) -> Tensor:

@@ -167,7 +167,8 @@ def command(options: Options) -> str:
     words = ["python", "train.py"]
     for name, value in vars(options).items():
         if value != getattr(Options, name) and name not in unimportant:
-            words += [f"--{'no_' * (not value)}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{'no_' * (not value)}{name}"] if isinstance(value, bool) else [f"--{name}", *map(str, values)]
     return shlex.join(words)
 
 

@@ -63,7 +63,8 @@ class Run:
             test=len(dls[2].dataset) if len(dls.loaders) > 2 else None, classes=list(dls.vocab),
             size=images.size, resize=images.resize, mean=mean, std=std, ranges=images.ranges, sha256=images.hash,
         )  # fmt: skip
-        options = replace(options, **places(images), device=dls.device.type, precision=learn.precision)
+        weights = options.weights and home_relative(options.weights)
+        options = replace(options, **places(images), weights=weights, device=dls.device.type, precision=learn.precision)
         about = dict(options=asdict(options), recipe=asdict(recipe), model=get_model(learn.model).args, data=data)
         config = dict(format=FORMAT, id=uuid4().hex, **about, **collect_env(), launch=launch_id())
         run = cls(make_folder(Path(options.runs_dir), options.name, f"{images.name[:50]}-{recipe.name}"), config)
@@ -102,6 +103,8 @@ class Run:
     def check_options(self, typed: dict[str, Any]) -> Options:
         """The options to resume with. Raises `UserError` if one of the `typed` ones would change the result."""
         typed = {name: value for name, value in typed.items() if value != "auto"}  # which makes no demand
+        if "weights" in typed:
+            typed["weights"] = home_relative(typed["weights"])
         started_with = {name: value for name, value in vars(self.options).items() if value is not None}
         known = asdict(self.recipe) | started_with | {"name": self.path.name, "recipe": self.recipe.name}
         for name, value in typed.items():
@@ -213,7 +216,8 @@ class Run:
 
 def weights_file(run: str | Path) -> Path:
     """The weights of a finished run, which are named by its folder or by themselves."""
-    return Path(run) / WEIGHTS if Path(run).is_dir() else Path(run)
+    path = Path(run).expanduser()
+    return path / WEIGHTS if path.is_dir() else path
 
 
 def check_folder(runs_dir: Path, name: str | None):

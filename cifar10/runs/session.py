@@ -1,7 +1,6 @@
 """A session: one launch of train.py, whether the run is new, resumed or restarted."""
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +31,7 @@ from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.runs.run import PRETRAINED, Run, check_folder, places, weights_file
 from cifar10.training import StopAtNaN, TimeEstimate
 
+WEIGHTS_HERE = "results/cifar10-best"  # seen from the clone
 FEW = 5_000  # training images, for which it is worth mentioning that training need not start from scratch
 
 
@@ -67,6 +67,8 @@ class Session:
                 session.resume(resume, typed)
             else:
                 from_rank0(check_folder)(Path(options.runs_dir), options.name)
+                if options.weights and not weights_file(options.weights).is_file():
+                    raise UserError(f"weights is {options.weights}, which is no finished run and no model.safetensors")
             set_seed(session.options.seed, reproducible=True)
             yield session
 
@@ -88,8 +90,9 @@ class Session:
         check_same(images.hash, "the data set")
         self.recipe = self.run.recipe if self.is_resumed else options.resolve(images)
         count = len(images.split_rows(options.valid)[0])
-        if count < FEW and not (options.weights or self.is_resumed or images.defaults):
-            print(f"{count:,} training images are few: --weights results/cifar10-best is likely to be more accurate")
+        plain = (options.weights, options.width, options.norm, options.recipe) == (None, None, "batch", None)
+        if plain and count < FEW and not self.is_resumed and not images.defaults and Path(WEIGHTS_HERE).is_dir():
+            print(f"{count:,} training images are few: --weights {WEIGHTS_HERE} is likely to be more accurate")
         return images
 
     def open_run(self, learn: Learner) -> Run:
@@ -106,7 +109,7 @@ class Session:
             self.run = from_rank0(Run.create)(options, self.recipe, learn)
             self.resources.enter_context(self.run.lock())
             if self.weights:
-                on_rank0(shutil.copy)(weights_file(self.weights), self.run.path / PRETRAINED)
+                on_rank0(write)(self.run.path / PRETRAINED, weights_file(self.weights).read_bytes())
         run = self.run
         run.config["options"] |= places(images)  # where they are now
         run.update()

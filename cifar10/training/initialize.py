@@ -17,27 +17,32 @@ PIXELS_AT_ONCE = 2**19  # in a channel; there are 27 numbers for each
 
 
 def initialize(model: Any, recipe: Recipe, batches: Iterable[Tensor]):
-    """Initialize the ResNet as the recipe says, see `init_dirac` and `init_whitening`."""
+    """Initialize the ResNet as the recipe says, see `init_dirac` and `init_whitening`.
+
+    Raises `UserError` for a recipe that starts from trained weights.
+    """
+    if not recipe.train_norm_stats:
+        raise UserError(f"recipe {recipe.name} starts from trained weights; pass weights, the folder of a finished run")
     if recipe.init == "dirac":
         init_dirac(model)
     if recipe.whiten:
         init_whitening(model.prep[0], model.prep[1], batches)
 
 
-def init_pretrained(model: Any, trained: Any, recipe: Recipe, trained_by: Recipe) -> Recipe:
-    """Copy all layers of a trained ResNet but the last; return the recipe that keeps fixed what was fixed there.
+def init_pretrained(trained: Any, trained_by: Recipe, recipe: Recipe, classes: int, norm: str, width: int | None):
+    """A ResNet with all layers of a trained one but the last, and the recipe for it: what was fixed stays so.
 
-    Raises `UserError` if the two differ in width or normalization.
+    Raises `UserError` if it has another normalization than `norm`, or another `width` than one that is given.
     """
-    ours, theirs = model.args, trained.args
-    for key in ("width", "norm", "logit_scale"):
-        if ours[key] != theirs[key]:
-            found = f"{key} {theirs[key]}, not {ours[key]}"
-            raise UserError(f"the weights are of a model with {found}; give --{key} {theirs[key]}")
+    for name, ours in (("norm", norm), ("width", width)):
+        if ours and ours != (theirs := trained.args[name]):
+            raise UserError(f"the weights are of a model with {name} {theirs}, not {ours}; give --{name} {theirs}")
+    model = type(trained)(**trained.args | dict(num_classes=classes))
     body = {name: value for name, value in trained.state_dict().items() if not name.startswith("fc.")}
     model.load_state_dict(body, strict=False)
     model.prep[0].weight.requires_grad_(not trained_by.whiten)
-    return replace(recipe, whiten=trained_by.whiten, train_norm_scales=trained_by.train_norm_scales)
+    recipe = replace(recipe, whiten=trained_by.whiten, train_norm_scales=trained_by.train_norm_scales)
+    return model, replace(recipe, width=trained.args["width"], logit_scale=trained.args["logit_scale"])
 
 
 @torch.no_grad()

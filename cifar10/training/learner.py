@@ -3,6 +3,7 @@
 from collections import namedtuple
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import HookCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedLin, combine_scheds
-from fastai.torch_core import norm_types
+from fastai.torch_core import get_model, norm_types
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, L, accuracy
 from torch import nn
 
@@ -124,15 +125,19 @@ class Learner(learner.Learner):
         scheds = dict(lr=cycle(peaks / div, peaks, peaks / div_final), mom=cycle(*(moms or self.moms)))
         self.fit(n_epoch, wd=wd, cbs=[ParamScheduler(scheds), *L(cbs)], **kwargs)
 
-    def fine_tune(self, epochs, *args, **kwargs):
-        """Without more arguments, fit the last layer, and train all layers as the recipe says; else fastai's."""
-        if args or kwargs:
-            return super().fine_tune(epochs, *args, **kwargs)
+    def fine_tune(self, epochs, *args, cbs=None, **kwargs):
+        """Fit the last layer, and train all layers as the recipe says; with more arguments, as fastai does.
+
+        The latter is also for models without the ResNet's `pool` and `fc`.
+        """
+        if args or kwargs or not hasattr(get_model(self.model), "fc"):
+            return super().fine_tune(epochs, *args, cbs=cbs, **kwargs)
         recipe, lr = self.recipe, self.recipe.lr_max or self.lr
+        self.unfreeze()
         fit_head(self)
         div = lr / recipe.lr_min if recipe.lr_min else 100
         settings = dict(pct_start=recipe.peak_epoch / recipe.epochs, anneal_strategy=recipe.anneal_strategy)
-        self.fit_one_cycle(epochs, lr, div, 1e5 if recipe.annihilate else div, **settings)
+        self.fit_one_cycle(epochs, lr, div, 1e5 if recipe.annihilate else div, cbs=cbs, **settings)
 
     def lr_find(self, *args, show_plot: bool = True, **kwargs):
         """Without arguments, the sweep of train.py: `lr_max` and `lr_min`, then fastai's suggestions; else fastai's."""
@@ -205,7 +210,7 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
         ],
     )
     learn = Learner(dls, model, **(settings | kwargs))
-    learn.recipe, learn.precision = recipe, precision
+    learn.recipe, learn.precision = replace(recipe, lr_max=kwargs.get("lr", recipe.lr_max)), precision
     learn.fixed = [p for p in model.parameters() if not p.requires_grad]
     learn.lr_scales = {norm.bias: recipe.norm_bias_lr_scale for norm in norms if recipe.norm_bias_lr_scale != 1}
     return learn

@@ -39,7 +39,8 @@ def fit_head(learn: Learner):
     mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = LogisticRegression(C=STRENGTH, max_iter=1000).fit((x - mean) / std, y)
+        balance = "balanced" if learn.dls.train.weighted else None
+        fitted = LogisticRegression(C=STRENGTH, max_iter=1000, class_weight=balance).fit((x - mean) / std, y)
     weight = fitted.coef_ / std
     bias = fitted.intercept_ - weight @ mean
     if len(fitted.classes_) == 2:  # scikit-learn has one output for both

@@ -7,17 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from commandline import command
+from commandline import ROOT, command
 from conftest import make_images
-from fastai.vision.all import Normalize, get_model, set_seed
+from fastai.vision.all import Callback, ImageDataLoaders, Normalize, Resize, get_model, set_seed
 from torch import nn
 
+from benchmarks import small
 from cifar10.errors import UserError
 from cifar10.files import load_tensors
 from cifar10.interpretation import ImageClassifier
 from cifar10.options import Options
 from cifar10.recipes import FASTER, RECIPES
 from cifar10.runs import Run, Session
+from cifar10.training.learner import build_learner
 from cifar10.training.transfer import features, fit_head
 from model import ResNet
 from train import get_dls, get_learner
@@ -50,7 +52,7 @@ def others(tmp_path_factory):
 @pytest.fixture
 def learn(source, others):
     set_seed(0)
-    return get_learner(get_dls(others), weights=source, width=4, precision="fp32")
+    return get_learner(get_dls(others, "finetune"), weights=source, precision="fp32")
 
 
 def quiet(learn, function, *args, **kwargs):
@@ -63,7 +65,7 @@ def test_all_layers_but_the_last_are_those_of_the_run(learn, source):
     ours = get_model(learn.model).state_dict()
     assert ours["fc.weight"].shape == (3, 32) and weights["fc.weight"].shape == (2, 32)
     assert all(torch.equal(ours[name], weights[name]) for name in weights if not name.startswith("fc."))
-    assert learn.recipe.name == "finetune" and not learn.recipe.train_norm_scales
+    assert learn.recipe.name == "finetune" and not learn.recipe.train_norm_scales and learn.recipe.width == 4
 
 
 def test_images_are_normalized_as_in_the_run(source, others):
@@ -143,6 +145,54 @@ def test_fine_tuning_learns(learn):
     assert learn.recorder.values[-1][2] >= 0.75
 
 
+def test_a_callback_does_not_change_how_it_is_trained(learn):
+    seen = []
+
+    class Watch(Callback):
+        def before_batch(self):
+            seen.append(self.opt.hypers[-1]["lr"])
+
+    learn.freeze()
+    before = learn.model.layer1[0].weight.clone()
+    quiet(learn, learn.fine_tune, 2, cbs=Watch())
+    assert max(seen) == pytest.approx(RECIPES["finetune"].lr_max, rel=0.2)
+    assert not torch.equal(learn.model.layer1[0].weight, before)  # also of a Learner that was frozen
+
+
+def test_another_model_is_tuned_as_fastai_does(others):
+    dls = get_dls(others)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 3))
+    learn = build_learner(dls, model, RECIPES["assignment"], "fp32")
+    quiet(learn, learn.fine_tune, 1)
+    assert len(learn.recorder.values) == 1
+
+
+def test_the_recipe_needs_weights(others):
+    with pytest.raises(UserError, match="starts from trained weights; pass weights"):
+        get_learner(get_dls(others), "finetune", width=4)
+    with pytest.raises(UserError, match="starts from trained weights; add --weights"):
+        Options(recipe="finetune")
+
+
+def test_images_that_were_not_normalized_are(source, others):
+    dls = ImageDataLoaders.from_folder(others, "train", "test", item_tfms=Resize(32), bs=8, num_workers=0)
+    learn = get_learner(dls, weights=source)
+    assert [tfm for tfm in learn.dls.train.after_batch.fs if isinstance(tfm, Normalize)]
+
+
+def test_the_benchmark(source, others, tmp_path, monkeypatch):
+    for name in ("assignment", "finetune"):
+        short = replace(RECIPES[name], epochs=1, peak_epoch=0.5, lr_max=0.05, width=4)
+        monkeypatch.setitem(RECIPES, name, short)
+    small.main([str(others)], str(source), seeds=1, out=str(tmp_path / "small.json"))
+    results = json.loads((tmp_path / "small.json").read_text())
+    (found,) = results["sets"].values()
+    assert {*found["accuracies"]} == {"frozen", "finetune", "scratch", "plain"} and found["most_common"] == 1 / 3
+    assert all(0 <= accuracy <= 1 for seeds in found["accuracies"].values() for accuracy in seeds.values())
+    with pytest.raises(UserError, match="other images named others, or other weights"):
+        small.main([str(others)], "elsewhere", seeds=1, out=str(tmp_path / "small.json"))
+
+
 def test_the_options_of_fastai(learn):
     """With more arguments, `fine_tune` is fastai's: it freezes all but the last group for an epoch."""
     quiet(learn, learn.fine_tune, 1, 0.01, freeze_epochs=2)
@@ -150,7 +200,7 @@ def test_the_options_of_fastai(learn):
 
 
 def options(source, others, folder, *more):
-    return ("--data", others, "--weights", source, "--width", 4, "--epochs", 2, "--precision", "fp32",
+    return ("--data", others, "--weights", source, "--epochs", 2, "--precision", "fp32",
             "--runs_dir", folder, *more)  # fmt: skip
 
 
@@ -193,7 +243,8 @@ def test_it_resumes_exactly_without_the_run_that_it_started_from(finished, check
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (("--weights", "nowhere"), "nowhere is neither the folder of a finished run nor its model.safetensors"),
+        (("--weights", "nowhere"), "weights is nowhere, which is no finished run and no model.safetensors"),
+        (("--width", "8", "--recipe", "fast"), "the weights are of a model with width 4, not 8; give --width 4"),
         (("--width", "8"), "the weights are of a model with width 4, not 8; give --width 4"),
     ],
 )
@@ -207,7 +258,8 @@ def test_the_recipe_is_the_default_with_weights_only():
     assert Options(weights="run", recipe="fast").recipe_name == "fast" and set(RECIPES) > {"finetune"}
 
 
-def test_few_images_are_worth_a_word_about_weights(others, source, capsys):
+def test_few_images_are_worth_a_word_about_weights(others, source, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where these weights are
     for options, said in ((Options(data=str(others)), 1), (Options(data=str(others), weights=str(source)), 0)):
         Session(options, resources=None).open_images()
         assert capsys.readouterr().out.count("36 training images are few: --weights results/cifar10-best") == said
