@@ -86,6 +86,7 @@ def recipes() -> str:
         "learning rate of convolutions": lambda r: f"{r.muon_lr_scale:g} ×",
         "learning rate of normalization's biases": lambda r: f"{r.norm_bias_lr_scale:g} ×",
         "scales of normalization": lambda r: "trained" if r.train_norm_scales else "as initialized",
+        "statistics of batch normalization": lambda r: "of each batch" if r.train_norm_stats else "of the weights",
         "weight decay of the FC layer": lambda r: f"{r.weight_decay:g}",
         "label smoothing": lambda r: f"{r.label_smoothing:g}",
         "padding of random crops": lambda r: f"{r.crop_padding} pixels",
