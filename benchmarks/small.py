@@ -78,12 +78,16 @@ def about(images: ImageTable) -> dict[str, Any]:
 
 
 def table(results: dict) -> str:
+    """The mean accuracy of each model that was measured on any data set."""
+    measured = [model for model in MODELS if any(found["accuracies"].get(model) for found in results["sets"].values())]
     rows = []
     for name, found in results["sets"].items():
-        scores = [list(found["accuracies"].get(model, {}).values()) for model in MODELS]
+        scores = [list(found["accuracies"].get(model, {}).values()) for model in measured]
         cells = [f"{mean(values):.1%}" if values else "" for values in scores]
         rows.append([name, found["classes"], found["train"], found["valid"], f"{found['most_common']:.1%}", *cells])
-    return markdown_table(["images", "classes", "train", "valid", "most common class", *MODELS], rows, right=8)
+    return markdown_table(
+        ["images", "classes", "train", "valid", "most common class", *measured], rows, right=4 + len(measured)
+    )
 
 
 def main(
