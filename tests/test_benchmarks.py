@@ -245,10 +245,11 @@ def test_the_gpu_benchmark_with_a_cpu_in_the_place_of_the_gpu(shapes, tmp_path, 
     gpu.measure(dls, steps=3, rounds=1, seeds=2, width=4, end=math.inf, out=str(out))
     figures = json.loads(out.read_text())
     assert figures["step"]["ratio"] > 0 and "no compiler" in figures["compile"]
-    assert figures["waits"] == {name: {"fastai/learner.py/7": 1} for name in ("assignment", "fast", "faster", "best")}
-    assert modes == ["warn", "default", "default"] * len(RECIPES)
+    from_scratch = ("assignment", "fast", "faster", "best")
+    assert figures["waits"] == {name: {"fastai/learner.py/7": 1} for name in from_scratch}
+    assert modes == ["warn", "default", "default"] * len(from_scratch)
     assert "blows up" in figures["assignment with seed 0"]
-    for name in RECIPES:
+    for name in from_scratch:
         assert figures[name]["seeds"] == ([1] if name == "assignment" else [0, 1])
         assert len(figures[name]["accuracy"]["values"]) == len(figures[name]["seeds"])
         assert figures[name]["peak_memory_gib"] == 1

@@ -21,6 +21,7 @@ from cifar10.training import callbacks
 from cifar10.training.callbacks import StopAtNaN
 from cifar10.training.learner import Learner, build_learner
 from cifar10.training.optim import Muon
+from model import ResNet
 from train import fit, get_dls, get_learner
 
 CPU = torch.device("cpu")
@@ -231,7 +232,7 @@ class Reads(TorchDispatchMode):
 def test_few_steps_fetch_a_number_from_the_device(digits, monkeypatch, recipe):
     counts = []
     monkeypatch.setattr(callbacks, "should_sync", lambda device, step: step % 10 == 0)
-    learn = get_learner(digits, RECIPES[recipe], width=4)
+    learn = build_learner(digits, ResNet(width=4), RECIPES[recipe])
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("a copy to the host"))
     with Reads() as reads:
         learn.fit(1, 0.01, cbs=[StopAtNaN(), Steps(lambda: counts.append(reads.count))])
