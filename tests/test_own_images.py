@@ -104,6 +104,7 @@ def test_splits_without_train_are_not_taken_for_classes(flat, name):
         ImageTable(flat)
 
 
+@pytest.mark.slow
 def test_three_splits(three, tmp_path):
     """Valid while training, test once at the end; the temperature is fitted on valid, where something is wrong."""
     (three / "valid/cross/0.png").rename(three / "valid/ring/wrong.png")
@@ -131,6 +132,7 @@ def test_three_splits(three, tmp_path):
     assert (tmp_path / "runs/again/model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_predictions_with_the_temperature(three, tmp_path):
     """Probabilities are softmax(logits / temperature) in predict.py, in the exported file, and in all reports."""
     (three / "valid/cross/0.png").rename(three / "valid/ring/wrong.png")
@@ -173,6 +175,7 @@ def test_predictions_with_the_temperature(three, tmp_path):
         assert other[key] == pytest.approx(metrics[key], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_from_before_have_no_temperature(flat, tmp_path):
     short = ("--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
     assert command("train.py", "--data", flat, *short, cwd=tmp_path).returncode == 0

@@ -124,6 +124,7 @@ def test_small_batches_are_seen_for_more_steps(dls):
     assert len(find_lrs(small(dls)).lrs) == 200
 
 
+@pytest.mark.slow
 def test_the_first_value_of_a_learners_lr_find(digits):
     """It is that of train.py; fastai's suggestions follow, and with arguments, all is fastai's."""
     found = []

@@ -215,6 +215,7 @@ def finished(source, others, tmp_path_factory):
     return folder / "run", str(copy)
 
 
+@pytest.mark.slow
 def test_a_run_records_where_it_started(finished):
     run, source = finished
     config = json.loads((run / "config.json").read_text())
