@@ -58,10 +58,8 @@ class ImageClassifier:
                 raise UserError(f"{path} has format {about.get('format')}, not {FORMAT}; train again")
             model = model_class(**about["model"])
             model.load_state_dict(tensors)
-            recipe, precision = (
-                Recipe.from_json(about["recipe"]),
-                "fp32" if about.get("precision") == "fp32" else "auto",
-            )
+            recipe = Recipe.from_json(about["recipe"])
+            precision = "fp32" if about.get("precision") == "fp32" else "auto"
             temperature = float(about.get("temperature") or 1)  # older weights have none
             return cls(model, about["data"], recipe, device, precision, temperature)
         except CorruptFileError as damage:

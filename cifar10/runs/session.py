@@ -118,9 +118,8 @@ class Session:
         if self.checkpoint:
             self.continue_from_checkpoint(run)
         else:
-            on_rank0(write)(
-                run.path / "summary.txt", f"{learn.summary()}\n"
-            )  # in every process: fastai gathers from all
+            summary = learn.summary()  # in every process: fastai gathers from all
+            on_rank0(write)(run.path / "summary.txt", f"{summary}\n")
         learn.add_cb(TimeEstimate(self.recipe, self.start_epoch))
         return run
 

@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 MOST = 5_000  # training images for the logistic regression, whose time grows with their number
-STRENGTH = 0.1  # C of the logistic regression on standardized features: near the best one on each of six data sets
+STRENGTH = 0.1  # C of the logistic regression on standardized features; the best one differs between data sets
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def fit_head(learn: Learner):
     mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        balance = "balanced" if learn.dls.train.weighted else None
+        balance = "balanced" if getattr(learn.dls.train, "weighted", False) else None
         fitted = LogisticRegression(C=STRENGTH, max_iter=1000, class_weight=balance).fit((x - mean) / std, y)
     weight = fitted.coef_ / std
     bias = fitted.intercept_ - weight @ mean

@@ -142,7 +142,7 @@ def test_a_class_without_training_images_is_not_predicted(learn):
 
 def test_fine_tuning_learns(learn):
     quiet(learn, learn.fine_tune, 4)
-    assert learn.recorder.values[-1][2] >= 0.75
+    assert learn.recorder.values[-1][2] >= 0.75  # 1 with each of 10 seeds
 
 
 def test_a_callback_does_not_change_how_it_is_trained(learn):
@@ -176,8 +176,10 @@ def test_the_recipe_needs_weights(others):
 
 def test_images_that_were_not_normalized_are(source, others):
     dls = ImageDataLoaders.from_folder(others, "train", "test", item_tfms=Resize(32), bs=8, num_workers=0)
-    learn = get_learner(dls, weights=source)
+    learn = get_learner(dls, weights=source, precision="fp32")
     assert [tfm for tfm in learn.dls.train.after_batch.fs if isinstance(tfm, Normalize)]
+    quiet(learn, learn.fine_tune, 1)  # also with fastai's own DataLoaders
+    assert len(learn.recorder.values) == 1
 
 
 def test_the_benchmark(source, others, tmp_path, monkeypatch):
