@@ -23,7 +23,8 @@ from typing import Annotated, Any
 from fastcore.basics import IN_NOTEBOOK
 from fastcore.script import anno_parser
 
-from cifar10.errors import Stopped, UserError, WriteError
+from cifar10 import signals
+from cifar10.errors import UserError, WriteError
 from cifar10.signals import SIGNALS, ignore_signals, is_first_to_fail
 
 SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
@@ -37,11 +38,6 @@ def import_extra(package: str, group: str) -> ModuleType:
     except ImportError:
         ways = f"`make extras`, or `pip install '.[{group}]'`"
         raise UserError(f"{package}, which this needs, is not installed; install it with {ways}") from None
-
-
-def stop(number: int, frame):
-    """Handle a signal."""
-    raise Stopped(signal.Signals(number).name)
 
 
 class YesNo(BooleanOptionalAction):
@@ -134,21 +130,22 @@ def handled() -> Iterator[None]:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
-        if number != signal.SIGINT and handler != signal.SIG_IGN:  # as with nohup
-            signal.signal(number, stop)
+        if handler != signal.SIG_IGN:  # as with nohup
+            signal.signal(number, signals.stop)
     try:
         yield
     except BrokenPipeError:
         fail("stopped by a closed pipe", STATUS["a closed pipe"])
-    except KeyboardInterrupt as stopped:
-        by, hint = getattr(stopped, "by", "Ctrl-C"), getattr(stopped, "hint", "")
-        fail(f"\nstopped by {by}{hint}", STATUS.get(by, 1))
-    except (UserError, OSError) as reason:
-        if "--debug" in split_at_dashes(sys.argv[1:])[0]:
+    except (KeyboardInterrupt, Exception) as reason:
+        default = "Ctrl-C" if isinstance(reason, KeyboardInterrupt) else signals.stopped_by
+        if by := getattr(reason, "by", default):
+            fail(f"\nstopped by {by}{getattr(reason, 'hint', '')}", STATUS.get(by, 1))
+        if "--debug" in split_at_dashes(sys.argv[1:])[0] or not isinstance(reason, (UserError, OSError)):
             raise
         hint = "" if isinstance(reason, UserError) else " (--debug shows where)"
         fail("error: " + str(reason).replace("\n", "\\n") + hint, 2)
     finally:
+        signals.stopped_by = ""
         for number, handler in before.items():
             signal.signal(number, handler)
 

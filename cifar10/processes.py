@@ -103,6 +103,17 @@ def is_lost(reason: RuntimeError) -> bool:
     return is_distributed() and (isinstance(reason, dist.DistError) or "gloo/" in str(reason))
 
 
+def stopped_by(reason: BaseException) -> str | None:
+    """What stopped this process, if an exception comes from that: a signal, a closed pipe or a lost process."""
+    if isinstance(reason, BrokenPipeError):
+        return "a closed pipe"
+    if isinstance(reason, RuntimeError) and is_lost(reason):
+        return LOST
+    if isinstance(reason, KeyboardInterrupt):
+        return getattr(reason, "by", "Ctrl-C")
+    return signals.stopped_by or None
+
+
 @contextmanager
 def local_rank0_first() -> Iterator[None]:
     """Each host's first process runs the block before the others, so that they find the files it made.

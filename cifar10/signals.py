@@ -11,13 +11,26 @@ from functools import cache
 from threading import Thread
 from typing import Any
 
+from cifar10.errors import Stopped
+
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 store: Any = None  # torch's store of the current process group
+stopped_by = ""  # the signal that has told this process to stop
 
 
 def is_distributed() -> bool:
     """Whether torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def stop(number: int, frame):
+    """Handle a signal.
+
+    It is also noted, because the exception may be lost in the bare `except:` of a library, or cause another one there.
+    """
+    global stopped_by
+    stopped_by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    raise Stopped(stopped_by)
 
 
 def ignore_signals():

@@ -7,9 +7,9 @@ from typing import Annotated
 import pytest
 
 import predict
-from cifar10 import cli
+from cifar10 import cli, signals
 from cifar10.cli import YesNo, parse
-from cifar10.errors import UserError
+from cifar10.errors import Stopped, UserError
 from cifar10.runs.run import Run
 
 
@@ -86,9 +86,9 @@ def test_a_wrong_option_gets_one_line(words, says, capsys):
         (UserError("this is wrong;\nfix it"), 2, "error: this is wrong;\\nfix it\n"),
         (PermissionError(13, "Denied", "x"), 2, "error: [Errno 13] Denied: 'x' (--debug shows where)\n"),
         (KeyboardInterrupt(), 130, "\nstopped by Ctrl-C\n"),
-        (cli.Stopped("SIGHUP", "; resume with: this"), 129, "\nstopped by SIGHUP; resume with: this\n"),
+        (Stopped("SIGHUP", "; resume with: this"), 129, "\nstopped by SIGHUP; resume with: this\n"),
         (BrokenPipeError(), 141, "stopped by a closed pipe\n"),
-        (cli.Stopped("SIGTERM"), 143, "\nstopped by SIGTERM\n"),
+        (Stopped("SIGTERM"), 143, "\nstopped by SIGTERM\n"),
     ],
 )  # fmt: skip
 def test_exit_statuses(error, status, says, capsys, monkeypatch):
@@ -101,6 +101,28 @@ def test_exit_statuses(error, status, says, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
     assert ended.value.code == status and capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize(("number", "by"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    "next_error", [TypeError("of a value that is missing"), UserError("this is wrong"), OSError(2)]
+)
+def test_a_signal_that_a_library_takes_for_its_own_error(number, by, next_error, capsys, monkeypatch):
+    """As fastai does in places: the rest of the work fails, and the reason is still the signal."""
+
+    def main():
+        try:
+            signal.raise_signal(number)
+        except:  # noqa: E722
+            raise next_error from None
+
+    monkeypatch.setattr("sys.argv", ["script"])
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **kwargs: None, raising=False)
+    monkeypatch.setattr(cli, "ignore_signals", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == 128 + number and capsys.readouterr().err == f"\nstopped by {by}\n"
+    assert not signals.stopped_by
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("Connection closed by peer")])
@@ -118,7 +140,7 @@ def test_a_signal_while_the_program_is_ending_changes_nothing(error, tmp_path, c
 
     monkeypatch.setattr("sys.argv", ["script"])
     monkeypatch.setattr("sys.stdout.reconfigure", lambda **kwargs: None, raising=False)
-    monkeypatch.setattr("cifar10.runs.run.is_lost", lambda reason: True)
+    monkeypatch.setattr("cifar10.processes.is_lost", lambda reason: True)
     monkeypatch.setattr("cifar10.runs.run.is_distributed", lambda: True)
     monkeypatch.setattr(run, "resume_command", interrupted(lambda: "this"))
     monkeypatch.setattr(cli, "fail", interrupted(cli.fail))

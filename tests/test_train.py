@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, num
     assert second.returncode == 2 and "runs/long is locked by another process" in second.stderr
     process.send_signal(number)
     _, errors = process.communicate(timeout=900)
-    assert process.returncode == status
+    assert process.returncode == status, errors
     (how,) = re.findall(rf"^stopped by {by}; resume with: (.*)$", errors.strip())
     how = re.sub(r"^\S+", warm_python(), how)
     environment = os.environ | BLANK_PLOTS

@@ -23,7 +23,7 @@ from cifar10.errors import Stopped, UserError, WriteError
 from cifar10.files import LEFTOVERS, load_tensors, remove_leftovers, save_tensors, write_csv, write_json
 from cifar10.hardware import collect_env
 from cifar10.options import Options
-from cifar10.processes import LOST, from_rank0, host_count, is_lost, launch_command, launch_id, on_rank0
+from cifar10.processes import from_rank0, host_count, launch_command, launch_id, on_rank0, stopped_by
 from cifar10.recipes import Recipe
 from cifar10.signals import ignore_signals, is_distributed
 
@@ -126,20 +126,16 @@ class Run:
         self.acquire(lock)
         try:
             yield
-        except (KeyboardInterrupt, BrokenPipeError) as stopped:
-            if is_distributed():
-                ignore_signals()
-            default = "a closed pipe" if isinstance(stopped, BrokenPipeError) else "Ctrl-C"
-            raise Stopped(getattr(stopped, "by", default), f"; resume with: {self.resume_command()}") from None
-        except WriteError as full:
-            raise UserError(f"{full}, then resume with: {self.resume_command()}") from None
-        except RuntimeError as reason:
-            if not is_lost(reason):
-                raise
-            ignore_signals()
-            raise Stopped(LOST, f"; resume with: {self.resume_command()}") from None
-        except OSError as reason:
-            raise UserError(f"{reason}; fix this, then resume with: {self.resume_command()}") from reason
+        except (KeyboardInterrupt, Exception) as reason:
+            if by := stopped_by(reason):
+                if is_distributed():
+                    ignore_signals()
+                raise Stopped(by, f"; resume with: {self.resume_command()}") from None
+            if isinstance(reason, WriteError):
+                raise UserError(f"{reason}, then resume with: {self.resume_command()}") from None
+            if isinstance(reason, OSError):
+                raise UserError(f"{reason}; fix this, then resume with: {self.resume_command()}") from reason
+            raise
         finally:
             lock.release()
 

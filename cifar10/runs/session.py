@@ -29,7 +29,7 @@ from cifar10.processes import (
 from cifar10.recipes import Recipe
 from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.runs.run import PRETRAINED, Run, check_folder, places, weights_file
-from cifar10.training import StopAtNaN, TimeEstimate
+from cifar10.training import StopAtNaN, StopAtSignal, TimeEstimate
 
 WEIGHTS_HERE = "results/cifar10-best"  # seen from the clone
 FEW = 5_000  # training images, for which it is worth mentioning that training need not start from scratch
@@ -120,7 +120,7 @@ class Session:
         else:
             summary = learn.summary()  # in every process: fastai gathers from all
             on_rank0(write)(run.path / "summary.txt", f"{summary}\n")
-        learn.add_cb(TimeEstimate(self.recipe, self.start_epoch))
+        learn.add_cbs([StopAtSignal(), TimeEstimate(self.recipe, self.start_epoch)])
         return run
 
     def continue_from_checkpoint(self, run: Run):

@@ -12,7 +12,8 @@ from fastai.metrics import accuracy
 from fastcore.foundation import L
 from torch import Tensor
 
-from cifar10.errors import UserError
+from cifar10 import signals
+from cifar10.errors import Stopped, UserError
 from cifar10.recipes import Recipe
 from cifar10.text import duration
 from cifar10.training.lr_finder import sweep_steps
@@ -154,6 +155,14 @@ class StopAtNaN(Callback):
             )
 
     after_train = after_validate = check
+
+
+class StopAtSignal(Callback):
+    """Stop at the next batch after a signal whose exception was lost, see `signals.stop`."""
+
+    def after_batch(self):
+        if signals.stopped_by:
+            raise Stopped(signals.stopped_by)
 
 
 class TimeEstimate(Callback):

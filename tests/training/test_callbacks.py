@@ -1,6 +1,8 @@
 """Each callback does what its name says, and nothing else."""
 
 import math
+import signal
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -8,9 +10,11 @@ import torch
 from conftest import small
 from fastai.vision.all import Callback, ProgressCallback
 
+from cifar10 import signals
+from cifar10.errors import Stopped
 from cifar10.recipes import ASSIGNMENT, RECIPES
 from cifar10.training import callbacks
-from cifar10.training.callbacks import TimeEstimate, ValidateLast
+from cifar10.training.callbacks import StopAtSignal, TimeEstimate, ValidateLast
 from train import get_dls, get_learner
 
 
@@ -84,3 +88,24 @@ def test_a_long_time_on_a_cpu_comes_with_a_short_command(dls, capsys, epochs, se
     said = capsys.readouterr().out
     assert f"{epochs} epoch" in said and "and the LR finder will take about" in said
     assert ("--epochs 4 --peak_epoch 1 takes about 20 minutes" in said) == bool(short)
+
+
+class SwallowSignal(Callback):
+    """A signal arrives in the second step, and its exception is lost."""
+
+    def before_batch(self):
+        if self.training and self.train_iter == 1:
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_lost_signal_stops_training_at_the_next_batch(dls, monkeypatch):
+    monkeypatch.setattr(signals, "stopped_by", "")
+    before = signal.signal(signal.SIGTERM, signals.stop)
+    learn = small(dls)
+    try:
+        with pytest.raises(Stopped) as stopped:
+            learn.fit(2, 0.01, cbs=[SwallowSignal(), StopAtSignal()])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.by == "SIGTERM" and learn.train_iter == 2
