@@ -32,11 +32,14 @@ from matplotlib.ticker import MaxNLocator
 from cifar10.errors import UserError
 from cifar10.files import read_csv, save_figure
 from cifar10.interpretation import markdown_table, shorten_middle
+from cifar10.options import Options as TrainOptions
+from cifar10.recipes import ASSIGNMENT
 
 LOG = Path(__file__).parent / "results/notebook/log.csv"
 NOTEBOOK = "the assignment's notebook"
 ZOOM = 5  # percentage points on either side of the best final accuracy, in the right half of the plot
-OWN = ("seed", "name", "runs_dir", "device", "resume", "data")  # options that may differ within a row
+# Options that may differ within a row, and the one whose meaning is in the recipe.
+OWN = ("seed", "name", "runs_dir", "device", "resume", "data", "images", "timeout", "recipe")
 HEADER = ["runs", "data", "n", "epochs", "accuracy of the report", "with TTA", "PFLOP", "minutes, as run"]
 
 
@@ -46,8 +49,11 @@ def load(folder: str) -> dict:
     try:
         config, metrics = (json.loads((path / f"{name}.json").read_text("utf-8")) for name in ("config", "metrics"))
         history = pd.DataFrame(read_csv(path / "history.csv")).set_index("epoch")
-        settings = {name: value for name, value in config["options"].items() if name not in OWN}
-        settings |= dict(recipe=config.get("recipe"), sha256=config["data"].get("sha256"))
+        options = vars(TrainOptions()) | config["options"]
+        # Of an older run, what there was no setting for yet is as in the assignment.
+        recipe = vars(ASSIGNMENT) | {"width": options["width"]} | config.get("recipe", {"name": options["recipe"]})
+        settings = {name: value for name, value in options.items() if name not in (*OWN, *recipe)}
+        settings |= dict(recipe=recipe, sha256=config["data"].get("sha256"))
         about = dict(name=path.name, data=config["data"]["name"], settings=settings, metrics=metrics)
         return about | dict(accuracies=100 * history[["valid_accuracy", "train_accuracy"]])
     except (OSError, ValueError, LookupError):

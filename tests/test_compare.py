@@ -12,11 +12,15 @@ import compare
 from cifar10.recipes import RECIPES
 
 
-def finished(folder, accuracy, seed, lr_max=0.5, **options):
+def finished(folder, accuracy, seed, old=False, options=(), **changes):
     """The folder of a finished run, by hand."""
     folder.mkdir()
-    config = dict(options=dict(recipe="fast", seed=seed, valid="test") | options, data=dict(name="digits", sha256="x"))
-    config |= dict(recipe=asdict(replace(RECIPES["fast"], lr_max=lr_max)))
+    width = dict(width=64 if old else None)
+    options = dict(recipe="fast", seed=seed, valid="test", **width, **dict(options))
+    recipe = asdict(replace(RECIPES["fast"], **changes))
+    if old:  # what there was not in version 3.0
+        del recipe["width"], recipe["train_norm_stats"]
+    config = dict(options=options, recipe=recipe, data=dict(name="digits", sha256="x"))
     metrics = dict(accuracy=accuracy, tta_accuracy=accuracy + 0.01, epochs=2, seconds=60, pflop=0.5)
     for name, value in (("config", config), ("metrics", metrics)):
         (folder / f"{name}.json").write_text(json.dumps(value))
@@ -26,12 +30,14 @@ def finished(folder, accuracy, seed, lr_max=0.5, **options):
 
 def test_runs_that_differ_in_the_seed_are_one_row(tmp_path):
     runs = [finished(tmp_path / f"run{seed}", 0.9 + seed / 100, seed) for seed in (1, 2)]
+    runs.append(finished(tmp_path / "old", 0.93, 3, old=True))
+    runs.append(finished(tmp_path / "typed", 0.94, 4, options=dict(epochs=8, weighted=False, timeout=5)))
     runs.append(finished(tmp_path / "other", 0.8, 1, width=8))
     runs.append(finished(tmp_path / "changed", 0.7, 1, lr_max=0.4))  # by a recipe that was changed since
     done = command("compare.py", *runs, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    assert rows[0] == ["run1, run2", "digits", "2", "2", "91.50% ± 0.71", "92.50% ± 0.71", "0.5", "1.0"]
+    assert rows[0] == ["run1, run2, old, typed", "digits", "4", "2", "92.50% ± 1.29", "93.50% ± 1.29", "0.5", "1.0"]
     others = [["other", "digits", "1", "2", "80.00%"], ["changed", "digits", "1", "2", "70.00%"]]
     assert [row[:5] for row in rows[1:3]] == others
     assert len(rows) == 4  # and where the curves are
