@@ -47,11 +47,16 @@ class YesNo(BooleanOptionalAction):
         super().__init__(*args, **kwargs)
 
 
+def check_parent(path: str):
+    if not Path(path).parent.is_dir():
+        raise ArgumentTypeError(WriteError(Path(path), OSError(errno.ENOENT, os.strerror(errno.ENOENT))))
+
+
 def output_file(path: str) -> str:
     """The type of an option for a file to write, which is checked before the work starts."""
-    missing = 0 if Path(path).parent.is_dir() else errno.ENOENT
-    if number := errno.EISDIR if Path(path).is_dir() else missing:
-        raise ArgumentTypeError(WriteError(Path(path), OSError(number, os.strerror(number))))
+    check_parent(path)
+    if Path(path).is_dir():
+        raise ArgumentTypeError(WriteError(Path(path), OSError(errno.EISDIR, os.strerror(errno.EISDIR))))
     return path
 
 
@@ -59,6 +64,7 @@ def output_folder(path: str) -> str:
     """The type of an option for a new or empty folder to fill."""
     if Path(path).exists() and not (Path(path).is_dir() and not any(Path(path).iterdir())):
         raise ArgumentTypeError(f"{path} is not an empty folder; choose another one")
+    check_parent(path)
     return path
 
 

@@ -56,6 +56,7 @@ def test_an_option_that_does_not_exist(script):
         ("interpret.py", "interpret.py: error: the following arguments are required: run"),
         ("export.py RUN", "error: there is nothing to do; give --onnx, --torch or --web"),
         ("export.py RUN --web docs", "export.py: error: argument --web: docs is not an empty folder; choose another"),
+        ("export.py RUN --web nowhere/page", "export.py: error: argument --web: nowhere/page can't be written"),
         ("export.py RUN --onnx x --runtime y", "error: --runtime is for the page of --web; add --web, or leave it out"),
         ("app.py", "app.py: error: the following arguments are required: run"),
         ("app.py RUN --port 99999", "error: port is 99999; it must be from 1 to 65535"),

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar10.data.sources import TIMEOUT, make_once
-from cifar10.errors import UserError, WriteError
-from cifar10.files import write
+from cifar10.errors import UserError
+from cifar10.files import replacing
 from cifar10.interpretation.classifier import ImageClassifier
 from cifar10.text import plural, printable
 
@@ -93,7 +93,7 @@ def source(element: str) -> str:
 def write_page(
     folder: Path, classifier: ImageClassifier, model: bytes, examples: Sequence[Path], runtime: dict[str, bytes]
 ):
-    """Write the page into a folder.
+    """Write the page as a new folder, or in the place of an empty one.
 
     `model` is an ONNX file: `images`, uint8 `(1, 3, size, size)`, → `probabilities` `(1, classes)` and `evidence`
     `(1, classes, h, w)`, the maps that Grad-CAM resizes. `examples` are PNG files named `NN-label.png`, `runtime` is
@@ -120,16 +120,14 @@ def write_page(
         "footer": footer,
         "about": in_script(about),
     }
-    try:
-        for name in ("examples", "runtime"):
-            (folder / name).mkdir(parents=True)
-    except OSError as reason:
-        raise WriteError(folder, reason) from None
-    for number, file in enumerate(examples):
-        write(folder / f"examples/{number}.png", file.read_bytes())
-    for name, content in runtime.items():
-        # Servers that don't know .mjs send it as a type that browsers don't run.
-        write(folder / "runtime" / name.replace(".mjs", ".js"), content)
-    write(folder / "LICENSE.txt", LICENSE.read_bytes())
-    write(folder / "model.onnx", model)
-    write(folder / "index.html", re.sub(r"{{(\w+)}}", lambda name: contents[name[1]], template))
+    page = re.sub(r"{{(\w+)}}", lambda name: contents[name[1]], template)
+    files = {"index.html": page.encode(), "model.onnx": model, "LICENSE.txt": LICENSE.read_bytes()}
+    files |= {f"examples/{number}.png": file.read_bytes() for number, file in enumerate(examples)}
+    # Servers that don't know .mjs send it as a type that browsers don't run.
+    files |= {f"runtime/{name.replace('.mjs', '.js')}": content for name, content in runtime.items()}
+    with replacing(folder) as new:
+        for name, content in files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(content)
+        if folder.is_dir():
+            folder.resolve().rmdir()  # which is empty

@@ -51,8 +51,10 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     fastai's functions make their suggestions: `minimum` (a tenth of the LR with the lowest loss), `steep` and `valley`.
     Then
 
-    - lr_max is the LR with the lowest loss. It is not divided by ten, because a cycle warms up to it, and because it
-      is the FC layer that blows up, while Muon's steps for the convolutions have a size of their own;
+    - lr_max is the LR with the lowest loss: the geometric mean of all whose loss can't be told from it, which are many
+      if batches are small, so that another seed gives about the same. It is not divided by ten, because a cycle warms
+      up to it, and because it is the FC layer that blows up, while Muon's steps for the convolutions have a size of
+      their own;
     - lr_min is a tenth of the lowest of the three: safe to start from, and, without annihilation, small enough to
       end with.
 
@@ -65,15 +67,24 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     end = min([end, *(step for step in np.flatnonzero(risen).tolist() if step >= FEWEST)])
     if end < FEWEST:
         raise UserError(f"the loss blows up at a learning rate of {lrs[end]:.2g} already; set --lr_max and --lr_min")
+    # From a step to the next, losses differ by noise; the median of the differences does not see outliers.
+    noise = np.median(np.abs(np.diff(losses[:end]))) / 0.954 / window(losses) ** 0.5  # a standard error, if normal
+    lowest = smooth[:end] <= smooth[:end].min() + 2 * noise
+    lr_max = float(np.exp(np.log(lrs[:end])[lowest].mean()))
     x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])
     suggestions = {function.__name__: float(function(x, y, end)[0]) for function in (minimum, steep, valley)}
-    return min(suggestions.values()) / 10, lrs[int(smooth[:end].argmin())], suggestions
+    return min(suggestions.values()) / 10, lr_max, suggestions
+
+
+def window(losses: list[float]) -> int:
+    """Steps in the moving average: a tenth of them, but no more than `MOST_SMOOTHED`."""
+    return min(max(1, len(losses) // 10), MOST_SMOOTHED)
 
 
 def smoothed(losses: list[float]) -> np.ndarray:
-    """The moving average over a tenth of the steps, but no more than `MOST_SMOOTHED`."""
+    """The moving average."""
     values = np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf)
-    return uniform_filter1d(values, min(max(1, len(losses) // 10), MOST_SMOOTHED), mode="nearest")
+    return uniform_filter1d(values, window(losses), mode="nearest")
 
 
 @contextmanager
@@ -129,6 +140,6 @@ def plot_lr_curve(curve: LRCurve):
         ax.plot(lr, height, marker, color="tab:orange", markersize=9, label=f"fastai's {name}: {lr:.2g}")
     ax.set(xscale="log", xlabel="Learning rate", ylabel="Cross-entropy loss")
     ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # a blow-up at the end would flatten all the rest
-    ax.set_title("LR finder: the learning rate rises at every step; lr_max has the lowest smoothed loss")
+    ax.set_title("LR finder: the learning rate rises at every step; at lr_max, the smoothed loss is lowest")
     ax.grid(alpha=0.3, which="both")
     ax.legend()

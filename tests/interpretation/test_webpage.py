@@ -312,6 +312,21 @@ def test_names_of_any_kind_are_embedded_safely(tmp_path, tiny_runtime):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_interrupted_page_can_be_written_again(tmp_path, tiny_runtime, there):
+    """Nothing of it is left, so that the folder is still a new or an empty one."""
+    classifier = ImageClassifier.load(save_classifier(tmp_path / "run", CLASSES), ResNet)
+    if there:
+        (tmp_path / "page").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    runtime = webpage.read_runtime(str(tiny_runtime))
+    with pytest.raises(TypeError):
+        webpage.write_page(tmp_path / "page", classifier, "no bytes", [], runtime)
+    assert sorted(tmp_path.rglob("*")) == before
+    webpage.write_page(tmp_path / "page", classifier, b"model", [], runtime)
+    assert (tmp_path / "page/model.onnx").read_bytes() == b"model"
+
+
 def test_the_runtime_is_checked(tmp_path, tiny_runtime, monkeypatch):
     assert webpage.read_runtime(str(tiny_runtime)) == webpage.read_runtime(str(tiny_runtime / "dist"))
     with pytest.raises(

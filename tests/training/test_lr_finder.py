@@ -10,7 +10,7 @@ from fastai.vision.all import set_seed
 
 from cifar10.errors import UserError
 from cifar10.files import read_csv
-from cifar10.training.lr_finder import END, START, find_lrs, suggest_lrs, sweep_steps
+from cifar10.training.lr_finder import END, START, find_lrs, smoothed, suggest_lrs, sweep_steps
 from train import get_learner
 
 
@@ -27,7 +27,7 @@ def test_lrs_of_a_healthy_curve(name):
     lrs, losses = curve(name)
     lr_min, lr_max, suggestions = suggest_lrs(lrs, losses)
     assert 0 < lr_min < lr_max and set(suggestions) == {"minimum", "steep", "valley"}
-    assert 0.05 < lr_max < 0.6 and lr_max == pytest.approx(10 * suggestions["minimum"])
+    assert 0.05 < lr_max < 0.6 and lr_max == pytest.approx(10 * suggestions["minimum"], rel=0.3)
     before = [loss for lr, loss in zip(lrs, losses) if lr < lr_max]
     assert np.convolve(before, np.ones(5) / 5, "valid").max() <= 1.1 * losses[0]  # apart from single steps
 
@@ -66,6 +66,16 @@ def test_a_low_loss_behind_a_rise_is_not_the_answer():
     losses = np.interp(np.log10(lrs), [-3, -1.5, -1, -0.5, 0.4], [1.6, 1.1, 1.4, 1.3, 1.05])
     _, lr_max, suggestions = suggest_lrs(lrs.tolist(), losses.tolist())
     assert lr_max == pytest.approx(10**-1.5, rel=0.2) and max(suggestions.values()) < 0.1
+
+
+def test_another_seed_gives_about_the_same():
+    """The lowest losses alone are at learning rates from 0.014 to 0.075."""
+    curves = read_csv(ROOT / "tests/curves/small_batches.csv")
+    lrs = curves.pop("lr")
+    low = sum(lr < 0.1 for lr in lrs)  # where no curve has blown up yet
+    lowest = [lrs[smoothed(losses)[:low].argmin()] for losses in curves.values()]
+    found = [suggest_lrs(lrs, losses)[1] for losses in curves.values()]
+    assert len(found) == 5 and max(lowest) / min(lowest) > 5 and max(found) / min(found) < 2
 
 
 @pytest.mark.parametrize(
