@@ -119,8 +119,12 @@ def test_a_signal_that_a_library_takes_for_its_own_error(number, by, next_error,
     monkeypatch.setattr("sys.argv", ["script"])
     monkeypatch.setattr("sys.stdout.reconfigure", lambda **kwargs: None, raising=False)
     monkeypatch.setattr(cli, "ignore_signals", lambda: None)
-    with pytest.raises(SystemExit) as ended:
-        cli.run(main)
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main)
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == 128 + number and capsys.readouterr().err == f"\nstopped by {by}\n"
     assert not signals.stopped_by
 
