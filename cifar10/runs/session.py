@@ -92,9 +92,8 @@ class Session:
         count = len(images.split_rows(options.valid)[0])
         plain = (options.weights, options.width, options.norm, options.recipe) == (None, None, "batch", None)
         if plain and count < FEW and not self.is_resumed and not images.defaults and Path(WEIGHTS_HERE).is_dir():
-            print(
-                f"{count:,} training images are few: --weights {WEIGHTS_HERE} takes half the epochs, and is often better"
-            )
+            hint = f"--weights {WEIGHTS_HERE} takes half the epochs, and is often better"
+            print(f"{count:,} training images are few: {hint}")
         return images
 
     def open_run(self, learn: Learner) -> Run:
