@@ -143,7 +143,7 @@ def handled() -> Iterator[None]:
     except BrokenPipeError:
         fail("stopped by a closed pipe", STATUS["a closed pipe"])
     except (KeyboardInterrupt, Exception) as reason:
-        default = "Ctrl-C" if isinstance(reason, KeyboardInterrupt) else signals.stopped_by
+        default = "Ctrl-C" if isinstance(reason, KeyboardInterrupt) else signals.received
         if by := getattr(reason, "by", default):
             fail(f"\nstopped by {by}{getattr(reason, 'hint', '')}", STATUS.get(by, 1))
         if "--debug" in split_at_dashes(sys.argv[1:])[0] or not isinstance(reason, (UserError, OSError)):
@@ -151,7 +151,7 @@ def handled() -> Iterator[None]:
         hint = "" if isinstance(reason, UserError) else " (--debug shows where)"
         fail("error: " + str(reason).replace("\n", "\\n") + hint, 2)
     finally:
-        signals.stopped_by = ""
+        signals.received = ""
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -111,7 +111,7 @@ def stopped_by(reason: BaseException) -> str | None:
         return LOST
     if isinstance(reason, KeyboardInterrupt):
         return getattr(reason, "by", "Ctrl-C")
-    return signals.stopped_by or None
+    return signals.received or None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from cifar10.errors import Stopped
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 store: Any = None  # torch's store of the current process group
-stopped_by = ""  # the signal that has told this process to stop
+received = ""  # the signal that has told this process to stop
 
 
 def is_distributed() -> bool:
@@ -28,9 +28,9 @@ def stop(number: int, frame):
 
     It is also noted, because the exception may be lost in the bare `except:` of a library, or cause another one there.
     """
-    global stopped_by
-    stopped_by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    raise Stopped(stopped_by)
+    global received
+    received = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    raise Stopped(received)
 
 
 def ignore_signals():

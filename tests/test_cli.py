@@ -126,7 +126,7 @@ def test_a_signal_that_a_library_takes_for_its_own_error(number, by, next_error,
     finally:
         signal.signal(number, before)
     assert ended.value.code == 128 + number and capsys.readouterr().err == f"\nstopped by {by}\n"
-    assert not signals.stopped_by
+    assert not signals.received
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("Connection closed by peer")])

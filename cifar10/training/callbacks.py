@@ -161,8 +161,8 @@ class StopAtSignal(Callback):
     """Stop at the next batch after a signal whose exception was lost, see `signals.stop`."""
 
     def after_batch(self):
-        if signals.stopped_by:
-            raise Stopped(signals.stopped_by)
+        if signals.received:
+            raise Stopped(signals.received)
 
 
 class TimeEstimate(Callback):

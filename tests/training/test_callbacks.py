@@ -100,7 +100,7 @@ class SwallowSignal(Callback):
 
 
 def test_a_lost_signal_stops_training_at_the_next_batch(dls, monkeypatch):
-    monkeypatch.setattr(signals, "stopped_by", "")
+    monkeypatch.setattr(signals, "received", "")
     before = signal.signal(signal.SIGTERM, signals.stop)
     learn = small(dls)
     try:
