@@ -34,6 +34,7 @@ if __name__ == "__main__":
 import io
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ from torch.nn import functional as F
 from cifar10.cli import import_extra
 from cifar10.files import write
 from cifar10.interpretation import ImageClassifier, read_runtime, write_page
-from cifar10.runs import weights_file
+from cifar10.runs import Run, weights_file
 from model import ResNet
 
 N_CHECK_IMAGES = 100  # images on which an exported file is compared with PyTorch
@@ -166,8 +167,11 @@ def main(**typed):
     if options.web:
         content = for_browsers(classifier, images, about)
         check(f"{options.web}/model.onnx", expected, run_onnx(content, images))
-        examples = sorted(weights_file(options.run).parent.glob("examples/*.png"))
-        write_page(Path(options.web), classifier, content, examples, runtime)
+        folder, metrics = weights_file(options.run).parent, {}
+        with suppress(UserError):  # which says that there is no more than the weights
+            metrics = Run.open(folder).metrics
+        examples = sorted(folder.glob("examples/*.png"))
+        write_page(Path(options.web), classifier, content, examples, metrics, runtime)
         print(
             f"{options.web} is ready for any web server; try it with `python -m http.server --directory {options.web}`"
         )

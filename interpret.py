@@ -63,12 +63,12 @@ def main(**typed):
     settings |= dict(stats=(finished.mean, finished.std))
     own = not options.split and (not options.data or table.hash == finished.sha256)
     if own:
-        default, about = finished.path, f"{table.name} {eval_split_name(table, valid)} images"
+        default, split = finished.path, eval_split_name(table, valid)
     else:
         if table.ranges and table.ranges != finished.ranges:
             table = ImageTable.open(data, reading, fixed_ranges=finished.ranges)  # as the model knows them
         split = options.split or ("all" if table.flat else table.split_names[-1])
-        default, about = finished.path / f"{table.name}-{split}", f"{table.name} images ({split})"
+        default = finished.path / f"{table.name}-{split}"
         settings |= dict(only=split, classes=finished.classes)
     folder = Path(options.out or default)
     if folder.resolve() == finished.path.resolve():
@@ -81,7 +81,7 @@ def main(**typed):
     if own:
         finished.check_data(learn)
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = write_report(learn, finished, folder, about, temperature, options.tta)
+    metrics = write_report(learn, finished, folder, split, temperature, options.tta)
     if folder != finished.path:
         write_json(folder / "metrics.json", metrics)
     elif options.tta:

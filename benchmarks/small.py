@@ -8,6 +8,7 @@ give, its regularization chosen by cross-validation on the training images; `scr
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from cifar10.files import write_json
 from cifar10.hardware import collect_env
 from cifar10.interpretation import markdown_table
 from cifar10.options import Options
+from cifar10.training import ValidateLast
 from cifar10.training.transfer import features
 from model import ResNet
 from train import get_dls, get_learner
@@ -52,7 +54,7 @@ def plain(images: ImageTable, seed: int) -> float:
     set_seed(seed, reproducible=True)
     learn = learner.Learner(get_dls(images, recipe), ResNet(len(images.classes), width=recipe.width), metrics=accuracy)
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(recipe.epochs)
+        learn.fit_one_cycle(recipe.epochs, cbs=ValidateLast())
     return float(learn.recorder.values[-1][-1])
 
 
@@ -62,7 +64,7 @@ def measure(images: ImageTable, model: str, seed: int, weights: str) -> float:
         return frozen(images, weights)
     if model == "plain":
         return plain(images, seed)
-    recipe = Options(weights=weights if model == "finetune" else None).resolve(images)
+    recipe = replace(Options(weights=weights if model == "finetune" else None).resolve(images), validate="last")
     start = weights if model == "finetune" else None
     return train_once(get_dls(images, recipe), recipe, seed, weights=start)["accuracy"]
 

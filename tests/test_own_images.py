@@ -303,7 +303,7 @@ def test_how_images_are_read_is_remembered(tmp_path):
     assert json.loads((run / "config.json").read_text())["options"]["images"] == str(elsewhere / "images")
     beside = elsewhere / "list.csv"  # as is the folder of its images
     done = command("interpret.py", run, "--data", beside, cwd=tmp_path, drawn=False)
-    assert done.returncode == 0 and "held-out images correct" in done.stdout, done.stderr
+    assert done.returncode == 0 and "validation images correct" in done.stdout, done.stderr
     (elsewhere / "other.csv").write_text((elsewhere / "list.csv").read_text().replace("id,kind,", "name,sort,"))
     other = ["--data", elsewhere / "other.csv", "--images", elsewhere / "images", "--out", "other"]
     done = command("interpret.py", run, *other, cwd=tmp_path)
@@ -398,7 +398,7 @@ def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     short = ("--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
     assert command("train.py", "--data", flat, *short, cwd=tmp_path, drawn=False).returncode == 0
     done = command("interpret.py", "runs/run", "--out", "elsewhere", "--tta", cwd=tmp_path, drawn=False)
-    assert "of 10 train held-out images correct" in done.stdout, done.stderr
+    assert "of 10 validation images correct" in done.stdout, done.stderr
     run, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("runs/run", "elsewhere"))
     done = command("interpret.py", "runs/run", "--split", "train", "--out", tmp_path / "runs/run", cwd=tmp_path)
     assert done.returncode == 2 and "is the run's own folder; choose another --out" in done.stderr
@@ -407,7 +407,7 @@ def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     assert {key: run[key] for key in other} == other and (tmp_path / "elsewhere/report.html").is_file()
     (flat / "ring/broken.png").write_text("no image")
     done = command("interpret.py", "runs/run", "--data", flat, "--skip_broken", cwd=tmp_path, drawn=False)
-    assert "of 10 held-out images correct" in done.stdout, done.stderr
+    assert "of 10 validation images correct" in done.stdout, done.stderr
     Image.new("RGB", (32, 32), "red").save(flat / "ring/more.png")
     done = command("interpret.py", "runs/run", "--out", "third", "--skip_broken", cwd=tmp_path)
     assert done.returncode == 2 and "are not those of runs/run; give --data another path" in done.stderr
@@ -452,7 +452,7 @@ def test_imbalance_is_told_of_the_images_after_the_hold_out(tmp_path, weighted, 
     said = capsys.readouterr().out
     assert f"cross has {counts['cross']} training images and ring {counts['ring']}: look" in said
     assert ("consider --weighted" in said) == (not weighted)
-    assert ("there are no held-out images of ring, so they can't be evaluated" in said) == (counts["ring"] == 2)
+    assert ("there are no validation images of ring, so they can't be evaluated" in said) == (counts["ring"] == 2)
 
 
 def test_the_ranges_of_another_data_set(tmp_path):

@@ -224,9 +224,9 @@ def class_notes(images: ImageTable, splits: list[np.ndarray], valid: str, weight
 
 
 def eval_split_name(images: ImageTable, valid: str) -> str:
-    """The evaluated split: test, validation or held-out."""
-    named = "test" if images.split_names[-1] == "test" else "validation"
-    return "held-out" if valid == "holdout" or images.flat else named
+    """The evaluated split: test or validation."""
+    own = valid == "test" and not images.flat and images.split_names[-1] == "test"
+    return "test" if own else "validation"
 
 
 def describe(dls: DataLoaders) -> str:

@@ -37,18 +37,23 @@ def macro(interp: Interpretation) -> dict[str, float]:
 
 
 def confidence_interval(interp: Interpretation) -> tuple[float, float]:
-    """The 95% confidence interval of the accuracy, by Wilson's score."""
-    correct = int((interp.decoded == interp.targs).sum())
-    low, high = binomtest(correct, len(interp.targs)).proportion_ci(0.95, method="wilson")
+    """The 95% confidence interval of the accuracy."""
+    return wilson(int((interp.decoded == interp.targs).sum()), len(interp.targs))
+
+
+def wilson(correct: int, images: int) -> tuple[float, float]:
+    """The 95% confidence interval of a share, by Wilson's score."""
+    low, high = binomtest(correct, images).proportion_ci(0.95, method="wilson")
     return float(low), float(high)
 
 
 def reliability(preds: Tensor, targs: Tensor) -> pd.DataFrame:
-    """Mean `confidence`, `accuracy` and number of `images` of each bin of confidence that has images."""
+    """Mean `confidence`, `accuracy`, `correct` and number of `images` of each bin of confidence that has images."""
     confidence, decoded = preds.max(dim=1)
     bins = (confidence * BINS).long().clamp_max(BINS - 1)
-    images = pd.DataFrame({"confidence": confidence.double(), "accuracy": decoded == targs, "images": 1})
-    return images.groupby(bins.numpy()).agg({"confidence": "mean", "accuracy": "mean", "images": "sum"})
+    images = pd.DataFrame({"confidence": confidence.double(), "correct": decoded == targs, "images": 1})
+    table = images.groupby(bins.numpy()).agg({"confidence": "mean", "correct": "sum", "images": "sum"})
+    return table.assign(accuracy=table.correct / table.images)
 
 
 def calibration_error(preds: Tensor, targs: Tensor) -> float:

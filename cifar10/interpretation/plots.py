@@ -15,7 +15,7 @@ from cifar10.files import read_csv
 from cifar10.interpretation.classifier import ImageClassifier
 from cifar10.interpretation.fonts import display_names, fonts_for, shorten_middle, width, with_fonts, wrap
 from cifar10.interpretation.gradcam import GRADCAM_LAYERS, grad_cam
-from cifar10.interpretation.metrics import BINS, calibration_error, reliability
+from cifar10.interpretation.metrics import BINS, calibration_error, reliability, wilson
 from cifar10.interpretation.predictions import Interpretation
 
 N_MISCLASSIFIED = 20  # the assignment asks for 20
@@ -204,7 +204,10 @@ def plot_calibration(interp: Interpretation):
     bins = reliability(interp.preds, interp.targs)
     figure, (ax, below) = plt.subplots(2, 1, figsize=(6, 6.5), sharex=True, height_ratios=[3, 1], layout="constrained")
     ax.plot([0, 100], [0, 100], "--", color="gray", label="perfectly calibrated")
-    ax.plot(100 * bins.confidence, 100 * bins.accuracy, "o-", color=VALID_COLOR, label="this model", clip_on=False)
+    intervals = np.array([wilson(*counts) for counts in zip(bins.correct, bins.images)]).T
+    errors = 100 * np.abs(intervals - bins.accuracy.to_numpy())
+    ax.errorbar(100 * bins.confidence, 100 * bins.accuracy, errors, fmt="o", capsize=3, color=VALID_COLOR,
+                label="this model, with 95% confidence intervals", clip_on=False)  # fmt: skip
     ax.set(ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     ax.grid(alpha=0.3)
     ax.legend(loc="best")

@@ -26,27 +26,36 @@ from cifar10.runs.run import Run
 from cifar10.text import plural, printable
 
 N_SUSPECTS, N_EXAMPLES = 20, 10
-WELL_CALIBRATED = 0.005  # difference between mean probability and accuracy below which neither is called too high
 NOTEBOOK = Path(__file__).parents[2] / "results/notebook/log.csv"  # of the assignment
 CIFAR10_SHA256 = "2ebad64464aa84e29315dc092b00cf79fb98223a601e0112bf2a17411e9908bc"  # `ImageTable.hash` of CIFAR-10
 PLOTS = {  # file → what draws it from the predictions (the others are drawn in training), its title, its caption
     "lr_find": (None, "LR finder", "Loss while the learning rate rises, and the learning rates chosen from it."),
-    "curves": (None, "Training", "Loss and accuracy after each epoch, and the learning rate of each step."),
+    "curves": (
+        None,
+        "Training",
+        "Loss and accuracy after each epoch, and the learning rate of each step. Only training images are augmented and"
+        " have smoothed labels, so their loss can be the higher one.",
+    ),
     "confusion_matrix": (
         plots.plot_confusion,
         "Confusion matrix",
         "How often each actual class (row) is predicted as each class (column).",
     ),
-    "misclassified": (plots.plot_misclassified, "Hardest images", "The worst mistakes, then the least certain images."),
+    "misclassified": (
+        plots.plot_misclassified,
+        "Hardest images",
+        "Misclassified images, the worst mistakes first. If there are few, the least certain correct images follow.",
+    ),
     "gradcam": (
         plots.plot_grad_cam,
         "Grad-CAM",
-        "The evidence for the predicted and the actual class.",
+        "The evidence for the predicted and the actual class; if they are the same, for the runner-up. A map that is blue"
+        " everywhere has no evidence for its class.",
     ),
     "calibration": (
         plots.plot_calibration,
         "Calibration",
-        "Accuracy at each probability, and how many images have it.",
+        "Accuracy at each probability with its 95% confidence interval, and how many images have this probability.",
     ),
 }
 STYLE = """
@@ -87,9 +96,21 @@ def markdown_table(header: list[str], rows, right: int = 0) -> str:
 
 def baseline(metrics: dict[str, Any]) -> str:
     """How the accuracy compares with always predicting the most common class, in a sentence."""
-    share, (low, _) = metrics["most_common_class"], metrics["accuracy_interval"]
-    verdict = ", which the model does not beat with confidence" if low <= share else ""
+    share, (low, high) = metrics["most_common_class"], metrics["accuracy_interval"]
+    verdict = ""
+    if high < share:
+        verdict = ", which is better than the model"
+    elif low <= share:
+        verdict = ", which the model does not beat with confidence"
     return f"Always predicting the most common class would give {share:.2%}{verdict}."
+
+
+def balanced_accuracy(metrics: dict[str, Any]) -> str:
+    """The mean recall, in a sentence, unless it is the accuracy: then all classes are equally frequent."""
+    recall = percent(metrics["macro"]["recall"])
+    if recall == percent(metrics["accuracy"]):
+        return ""
+    return f"The mean recall of the classes, in which rare ones count as much as common ones, is {recall}."
 
 
 def calibration(metrics: dict[str, Any], label_smoothing: float) -> str:
@@ -104,14 +125,17 @@ def calibration(metrics: dict[str, Any], label_smoothing: float) -> str:
             f"{said}, and {error:.1%} with a temperature of {metrics['temperature']:.2f}, which was fitted on the run's"
             " validation images. predict.py, app.py and export.py use it; the plots and the loss are without it."
         )
-    mean = metrics["mean_probability"]
-    if abs(mean - metrics["accuracy"]) < WELL_CALIBRATED:
-        return f"{said}."
-    if mean > metrics["accuracy"]:
+    mean, (low, high) = metrics["mean_probability"], metrics["accuracy_interval"]
+    if low <= mean <= high:
+        return f"{said}. The mean probability, {mean:.1%}, is within the confidence interval of the accuracy."
+    if mean > high:
         return f"{said}: the probabilities are too high, {mean:.1%} on average."
     said += f": the probabilities are too low, {mean:.1%} on average."
     if label_smoothing:
-        said += " Label smoothing makes them so; the loss and this error look worse than the model is."
+        # It trains for a probability of 1 - label_smoothing, and a little more.
+        enough = metrics["accuracy"] - mean <= label_smoothing
+        cause = "makes them so" if enough else "is one cause, and a short training may be another"
+        said += f" Label smoothing {cause}; the loss and this error look worse than the model is."
     return said
 
 
@@ -121,6 +145,7 @@ def statements(run: Run, metrics: dict[str, Any], own: bool) -> str:
     said = [
         f"The 95% confidence interval of the accuracy (Wilson's) is {low:.2%} to {high:.2%}.",
         baseline(metrics),
+        balanced_accuracy(metrics),
         f"The mean cross-entropy loss is {metrics['loss']:.4f}.",
         calibration(metrics, run.recipe.label_smoothing),
     ]
@@ -130,7 +155,7 @@ def statements(run: Run, metrics: dict[str, Any], own: bool) -> str:
         said.append(
             f"The accuracy of the assignment's notebook is {read_csv(NOTEBOOK)['test_accuracy_percent'][-1]:.2f}%."
         )
-    return "\n".join(f"- {sentence}" for sentence in said)
+    return "\n".join(f"- {sentence}" for sentence in said if sentence)
 
 
 def class_sections(interp: Interpretation, metrics: dict[str, Any]) -> list[str]:
@@ -152,9 +177,12 @@ def class_sections(interp: Interpretation, metrics: dict[str, Any]) -> list[str]
         names = [printable("/".join(file.parts[-2:])), interp.names[label], interp.names[predicted]]
         suspects.append([*map(escape, names), *(percent(interp.preds[row, k].item()) for k in (label, predicted))])
     if suspects:
+        wrong = len(interp.misclassified())
+        which = f"The first {len(suspects)} of {wrong:,} misclassified" if wrong > len(suspects) else "Misclassified"
         note = (
-            "Misclassified images, ordered by how much likelier the model finds another class than the label. Some of"
-            " these labels may be wrong. The list says little about images that the model was trained on."
+            f"{which} images, ordered by how much likelier the model finds another class than the label. Some of these"
+            " labels may be wrong; the better the model, the more of them. The list says little about images that the"
+            " model was trained on."
         )
         header = ["image", "label", "predicted", "probability of the label", "of the prediction"]
         sections += ["## Labels to check", note, markdown_table(header, suspects, right=2)]
@@ -230,11 +258,11 @@ def validation_temperature(learn: Learner) -> float | None:
     return fit_temperature(preds, targs) if (preds.argmax(dim=1) != targs).any() else None
 
 
-def write_report(learn: Learner, run: Run, folder: Path, images: str, temperature: float | None, tta: bool = True,
+def write_report(learn: Learner, run: Run, folder: Path, split: str, temperature: float | None, tta: bool = True,
                  **trained) -> dict[str, Any]:  # fmt: skip
     """Write the report of a run's model into a folder, with plots; with curves if it is the run's own folder.
 
-    The report is on the test images, or on the validation images if there are no others. `images` says which ones they
+    The report is on the test images, or on the validation images if there are no others. `split` says which ones they
     are, `temperature` is the one of the saved weights, `trained` are metrics of the training run if it has just ended.
     Returns the metrics, with `trained`.
     """
@@ -254,7 +282,8 @@ def write_report(learn: Learner, run: Run, folder: Path, images: str, temperatur
     if tta:
         metrics["tta_accuracy"] = tta_accuracy(interp, run.recipe.flip)
     own = folder == run.path
-    title = f"{metrics['accuracy']:.2%} of {metrics['images']:,} {images} correct"
+    images = f"{metrics['images']:,} {'' if split == 'all' else f'{split} '}images"
+    title = f"{learn.dls.train.table.name}: {metrics['accuracy']:.2%} of {images} correct"
     blocks = [f"# {escape(title)}", statements(run, run.metrics | metrics if own else metrics, own)]
     for name, (_, heading, caption) in PLOTS.items():
         if (folder / f"{name}.png").is_file():
@@ -264,9 +293,8 @@ def write_report(learn: Learner, run: Run, folder: Path, images: str, temperatur
     write(folder / "report.md", "\n\n".join(blocks) + "\n")
     write(folder / "report.html", as_page("\n\n".join([*blocks, *about]), folder))
     with_tta = f", {metrics['tta_accuracy']:.2%} with test-time augmentation" if tta else ""
-    name = run.config["data"]["name"] if own else str(run.path)
-    correct = f"{metrics['accuracy']:.2%} of {metrics['images']:,} {images.removeprefix(f'{name} ')} correct"
-    print(f"{name}: {correct}{with_tta}. {baseline(metrics)} See {folder / 'report.html'}")
+    model = "" if own else f"{run.path} on "
+    print(f"{model}{title}{with_tta}. {baseline(metrics)} See {folder / 'report.html'}")
     return metrics
 
 
@@ -286,5 +314,5 @@ def report_run(learn: Learner, run: Run, started: float):
     temperature = validation_temperature(learn)
     run.save_weights(learn.model, temperature)
     trained["seconds"] = time.time() - started  # without the time between an interruption and the resumption
-    images = f"{run.config['data']['name']} {eval_split_name(learn.dls.train.table, run.options.valid)} images"
-    run.write_metrics(**write_report(learn, run, run.path, images, temperature, **trained))
+    split = eval_split_name(learn.dls.train.table, run.options.valid)
+    run.write_metrics(**write_report(learn, run, run.path, split, temperature, **trained))

@@ -7,8 +7,9 @@ import json
 import re
 import tarfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cifar10.data.sources import TIMEOUT, make_once
 from cifar10.errors import UserError
@@ -24,9 +25,10 @@ POLICY = (
 )
 FOOTER = (
     "The network has {parameters:,} parameters and takes {model:.1f} MB; ONNX Runtime Web {version}, which computes it,"
-    " takes {runtime:.1f} MB (MIT License). Network and page are under the"
+    " takes {runtime:.1f} MB (MIT License). The code of network and page is under the"
     ' <a href="LICENSE.txt">Apache License 2.0</a>.'
 )
+MOST_NAMES = 50  # classes to list
 VERSION = "1.30.0"  # of ONNX Runtime Web
 PACKAGE = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
 # File in the package's dist/ → SHA-256. No smaller ones suffice: a script, and WebAssembly for the CPU.
@@ -90,14 +92,25 @@ def source(element: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(element.encode()).digest()).decode()}'"
 
 
-def write_page(
-    folder: Path, classifier: ImageClassifier, model: bytes, examples: Sequence[Path], runtime: dict[str, bytes]
-):
+def introduce(names: Sequence[str], metrics: Mapping[str, Any]) -> str:
+    """What the model can tell apart, how well, and what it can't know, as HTML."""
+    listed = ", ".join(f"<bdi>{html.escape(name)}</bdi>" for name in names[:MOST_NAMES])
+    if len(names) > MOST_NAMES:
+        listed += f" and {len(names) - MOST_NAMES:,} more"
+    measured = ""
+    if metrics:
+        images = plural(metrics["images"], "image") if "images" in metrics else "images"  # which older runs don't count
+        measured = f" It is right for {metrics['accuracy']:.1%} of {images} that it has not been trained on."
+    return f"The model knows these classes: {listed}. It answers with one of them, whatever the image shows.{measured}"
+
+
+def write_page(folder: Path, classifier: ImageClassifier, model: bytes, examples: Sequence[Path],
+               metrics: Mapping[str, Any], runtime: dict[str, bytes]):  # fmt: skip
     """Write the page as a new folder, or in the place of an empty one.
 
     `model` is an ONNX file: `images`, uint8 `(1, 3, size, size)`, → `probabilities` `(1, classes)` and `evidence`
-    `(1, classes, h, w)`, the maps that Grad-CAM resizes. `examples` are PNG files named `NN-label.png`, `runtime` is
-    what `read_runtime` returns.
+    `(1, classes, h, w)`, the maps that Grad-CAM resizes. `examples` are PNG files named `NN-label.png`, `metrics` are
+    those of the run, or none, and `runtime` is what `read_runtime` returns.
     """
     about = dict(
         classes=classifier.names,
@@ -116,6 +129,7 @@ def write_page(
     contents = {
         "policy": POLICY.format(script=source(script), style=source(style)),
         "title": html.escape(f"{printable(classifier.name)}: which of {plural(len(classifier.classes), 'class')}?"),
+        "introduction": introduce(classifier.names, metrics),
         "probabilities": classifier.temperature_note.capitalize() or "Probabilities",
         "footer": footer,
         "about": in_script(about),

@@ -9,6 +9,7 @@ from commandline import ROOT
 from cifar10.interpretation.metrics import summarize
 from cifar10.interpretation.report import (
     as_page,
+    balanced_accuracy,
     baseline,
     calibration,
     class_sections,
@@ -32,6 +33,14 @@ def test_report_keeps_whole_names_and_numbers_the_classes(interp):
     other = copy.copy(interp)
     other.names = [f"class {i} | " + "name " * 20 for i in range(10)]
     assert len([line for line in sections(other).splitlines() if line.startswith(r"| 3 | class 3 \| name")]) == 1
+
+
+def test_a_cut_list_of_labels_to_check_says_so(interp):
+    other = copy.copy(interp)
+    other.decoded = interp.targs.clone()
+    for wrong, said in ((20, "\n\nMisclassified images, ordered"), (21, "The first 20 of 21 misclassified images, ")):
+        other.decoded[:wrong] = (interp.targs[:wrong] + 1) % 10
+        assert said in sections(other)
 
 
 def test_report_of_a_perfect_model_has_no_empty_table(interp):
@@ -61,8 +70,16 @@ def test_any_name_is_shown_as_it_is(name, tmp_path):
     assert re.findall(r"<(?:title|h1|td)>(.*?)</", page) == [shown] * 3
 
 
-@pytest.mark.parametrize(("correct", "beats"), [(59, False), (60, True), (40, False)])
-def test_a_model_that_knows_only_the_most_common_class(interp, correct, beats):
+@pytest.mark.parametrize(
+    ("correct", "verdict"),
+    [
+        (60, ""),
+        (59, ", which the model does not beat with confidence"),
+        (41, ", which the model does not beat with confidence"),
+        (40, ", which is better than the model"),
+    ],
+)
+def test_a_model_that_knows_only_the_most_common_class(interp, correct, verdict):
     """Of 100 images, 60 correct ones are the fewest whose confidence interval (Wilson's) is above a half."""
     other = copy.copy(interp)
     other.targs = interp.targs[:1].new_tensor([0] * 50 + [1] * 40 + [2] * 10)
@@ -70,8 +87,13 @@ def test_a_model_that_knows_only_the_most_common_class(interp, correct, beats):
     other.decoded[correct:] = 3
     other.preds = interp.preds[:100]
     said = baseline(summarize(other))
-    assert said.startswith("Always predicting the most common class would give 50.00%")
-    assert said.endswith(", which the model does not beat with confidence.") != beats
+    assert said == f"Always predicting the most common class would give 50.00%{verdict}."
+
+
+def test_the_mean_recall_is_named_where_it_is_not_the_accuracy():
+    assert balanced_accuracy(dict(accuracy=0.9004, macro=dict(recall=0.9))) == ""
+    said = balanced_accuracy(dict(accuracy=0.9, macro=dict(recall=0.479)))
+    assert said == "The mean recall of the classes, in which rare ones count as much as common ones, is 47.9%."
 
 
 @pytest.mark.parametrize(
@@ -82,18 +104,26 @@ def test_a_model_that_knows_only_the_most_common_class(interp, correct, beats):
             0.1,
             r"too low, 85\.0% on average\. Label smoothing makes them so; the loss and this .*",
         ),
+        (
+            0.65,
+            0.1,
+            r"too low, 65\.0% on average\. Label smoothing is one cause, and a short training may be another; .*",
+        ),
         (0.85, 0.0, r"too low, 85\.0% on average\."),
         (0.97, 0.1, r"too high, 97\.0% on average\."),
     ],
 )
 def test_in_which_direction_probabilities_are_off(mean, smoothing, says):
     metrics = dict(accuracy=0.9, mean_probability=mean, calibration_error=0.05, temperature=None)
+    metrics |= dict(accuracy_interval=(0.88, 0.92))
     said = calibration(metrics, smoothing)
     assert re.search(f"is 5\\.0%: the probabilities are {says}$", said)
 
 
 def test_probabilities_that_are_right_or_corrected():
-    metrics = dict(accuracy=0.9, mean_probability=0.903, calibration_error=0.012, temperature=None)
-    assert calibration(metrics, 0.1).endswith("is 1.2%.")
+    metrics = dict(accuracy=0.9, mean_probability=0.911, calibration_error=0.012, temperature=None)
+    metrics |= dict(accuracy_interval=(0.88, 0.92))
+    said = "is 1.2%. The mean probability, 91.1%, is within the confidence interval of the accuracy."
+    assert calibration(metrics, 0.1).endswith(said)
     metrics |= dict(temperature=0.5, calibration_error_with_temperature=0.004)
     assert "is 1.2%, and 0.4% with a temperature of 0.50, which was fitted" in calibration(metrics, 0.1)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import html
 import http.server
 import json
 import re
@@ -299,17 +300,26 @@ def tiny_runtime(tmp_path, monkeypatch):
 def test_names_of_any_kind_are_embedded_safely(tmp_path, tiny_runtime):
     classifier = ImageClassifier.load(save_classifier(tmp_path / "<script>x", CLASSES), ResNet)
     (tmp_path / "page").mkdir()
-    webpage.write_page(tmp_path / "page", classifier, b"model", [], webpage.read_runtime(str(tiny_runtime)))
+    webpage.write_page(tmp_path / "page", classifier, b"model", [], {}, webpage.read_runtime(str(tiny_runtime)))
     page = (tmp_path / "page/index.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2 and "<title>&lt;script&gt;x: which of 5 " in page
     (about,) = re.findall('<script type="application/json" id="about">(.*?)</script>', page)
     assert json.loads(about) == dict(classes=[*CLASSES], size=32, resize="crop", examples=[])
+    assert html.unescape(page).count(f"<bdi>{EVIL}</bdi>") == 1 and "not been trained on." not in page
     elsewhere = r"""(?:src|href)=["'](?!data:,|LICENSE)|https?:(?!//localhost)|{{\w+}}"""
-    assert not re.findall(elsewhere, page.replace(about, ""))
+    assert not re.findall(elsewhere, page.replace(about, "").replace(html.escape(EVIL), ""))
     assert "6,574,090" not in page and f"{sum(p.numel() for p in classifier.model.parameters()):,} parameters" in page
     assert {file.name for file in (tmp_path / "page").rglob("*.*")} == {
         "index.html", "model.onnx", "LICENSE.txt", "ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm"
     }  # fmt: skip
+
+
+def test_the_page_says_what_the_model_knows_and_how_well():
+    names = [f"class {i}" for i in range(60)]
+    said = webpage.introduce(names, dict(accuracy=0.7908, images=1530))
+    assert said.startswith("The model knows these classes: <bdi>class 0</bdi>, <bdi>class 1</bdi>, ")
+    assert "class 49</bdi> and 10 more. It answers with one of them, whatever the image shows. " in said
+    assert said.endswith(". It is right for 79.1% of 1,530 images that it has not been trained on.")
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -321,9 +331,9 @@ def test_an_interrupted_page_can_be_written_again(tmp_path, tiny_runtime, there)
     before = sorted(tmp_path.rglob("*"))
     runtime = webpage.read_runtime(str(tiny_runtime))
     with pytest.raises(TypeError):
-        webpage.write_page(tmp_path / "page", classifier, "no bytes", [], runtime)
+        webpage.write_page(tmp_path / "page", classifier, "no bytes", [], {}, runtime)
     assert sorted(tmp_path.rglob("*")) == before
-    webpage.write_page(tmp_path / "page", classifier, b"model", [], runtime)
+    webpage.write_page(tmp_path / "page", classifier, b"model", [], {}, runtime)
     assert (tmp_path / "page/model.onnx").read_bytes() == b"model"
 
 
