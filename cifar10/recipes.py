@@ -187,7 +187,7 @@ BEST = replace(
 # From the weights of another run. The last layer is fitted first; short training with the statistics of batch
 # normalization as they are keeps what the other layers know.
 FINETUNE = replace(
-    ASSIGNMENT, name="finetune", epochs=12, peak_epoch=3, lr_max=0.02, annihilate=True, train_norm_stats=False,
+    ASSIGNMENT, name="finetune", epochs=24, peak_epoch=6, lr_max=0.02, annihilate=True, train_norm_stats=False,
     cutout=4, muon_lr_scale=0.2,
 )  # fmt: skip
 

@@ -49,8 +49,8 @@ PLOTS = {  # file → what draws it from the predictions (the others are drawn i
     "gradcam": (
         plots.plot_grad_cam,
         "Grad-CAM",
-        "The evidence for the predicted and the actual class; if they are the same, for the runner-up. A map that is blue"
-        " everywhere has no evidence for its class.",
+        "The evidence for the predicted and the actual class; if they are the same, for the runner-up. A map that is"
+        " blue everywhere has no evidence for its class.",
     ),
     "calibration": (
         plots.plot_calibration,

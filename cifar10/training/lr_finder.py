@@ -140,6 +140,6 @@ def plot_lr_curve(curve: LRCurve):
         ax.plot(lr, height, marker, color="tab:orange", markersize=9, label=f"fastai's {name}: {lr:.2g}")
     ax.set(xscale="log", xlabel="Learning rate", ylabel="Cross-entropy loss")
     ax.set_ylim(0.9 * min(curve.losses), 1.5 * curve.losses[0])  # a blow-up at the end would flatten all the rest
-    ax.set_title("LR finder: the learning rate rises at every step; at lr_max, the smoothed loss is lowest")
+    ax.set_title("LR finder: lr_max is the middle of the learning rates whose smoothed loss is lowest")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
