@@ -455,6 +455,30 @@ def test_imbalance_is_told_of_the_images_after_the_hold_out(tmp_path, weighted, 
     assert ("there are no validation images of ring, so they can't be evaluated" in said) == (counts["ring"] == 2)
 
 
+@pytest.mark.parametrize(
+    ("small", "large", "reading", "said"),
+    [
+        ((127, 127), (200, 200), {}, []),
+        ((128, 128), (400, 300), {}, ["--size 64 shows"]),
+        ((128, 128), (400, 300), dict(size=64), []),
+        ((60, 100), (40, 61), {}, ["--resize squish keeps"]),
+        ((60, 60), (60, 100), {}, []),
+        ((60, 100), (40, 61), dict(resize="pad"), []),
+        ((200, 400), (400, 200), {}, ["--resize squish keeps", "--size 64 shows"]),
+    ],
+)
+def test_large_and_long_images_are_told(tmp_path, small, large, reading, said, capsys):
+    """If the smallest and the largest one of them are so."""
+    for number, size in enumerate((small, large)):
+        (tmp_path / f"images/{number}").mkdir(parents=True)
+        for i in range(5):
+            pixels = np.random.default_rng(i).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"images/{number}/{i}.png")
+    get_dls(tmp_path / "images", batch_size=2, **reading)
+    printed = capsys.readouterr().out
+    assert [note for note in ("--resize squish keeps", "--size 64 shows") if note in printed] == said
+
+
 def test_the_ranges_of_another_data_set(tmp_path):
     """A model that was trained on 12 bits sees dark 12-bit images as dark."""
     folder = make_images(tmp_path / "images")
