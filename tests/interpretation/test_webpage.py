@@ -256,6 +256,20 @@ def test_with_eyes_keyboard_and_ears(small, tmp_path, width, dark):
         )
         assert not chrome.find_element(By.ID, "result").is_displayed()
         assert "The likeliest class" in upload(chrome, page / "examples/1.png")
+        for event in ("DragEvent('drop', { dataTransfer: data", "ClipboardEvent('paste', { clipboardData: data"):
+            chrome.execute_async_script(
+                f"""const [number, done] = arguments, data = new DataTransfer();
+                fetch("examples/0.png").then((answer) => answer.blob()).then((blob) => {{
+                    data.items.add(new File([blob], `image ${{number}}.png`, {{ type: "image/png" }}));
+                    document.body.dispatchEvent(new {event}, bubbles: true, cancelable: true }}));
+                    work.then(done);
+                }});""",
+                len(event),
+            )
+            assert f"image {len(event)}.png" in status.text and "likeliest class" in status.text
+            torch.testing.assert_close(
+                torch.tensor(chrome.execute_script("return [...shown.probabilities]")), probabilities, atol=1e-3, rtol=0
+            )
         assert chrome.get_log("browser") == []
 
 
