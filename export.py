@@ -36,6 +36,7 @@ import json
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastai.callback.hook import hook_output
@@ -45,7 +46,7 @@ from torch.nn import functional as F
 from cifar10.cli import import_extra
 from cifar10.files import write
 from cifar10.interpretation import ImageClassifier, read_runtime, write_page
-from cifar10.runs import Run, weights_file
+from cifar10.runs import WEIGHTS, Run, weights_file
 from model import ResNet
 
 N_CHECK_IMAGES = 100  # images on which an exported file is compared with PyTorch
@@ -138,6 +139,18 @@ def run_onnx(content: bytes, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
 
 
+def tested(weights: Path, classifier: ImageClassifier) -> tuple[list[Path], dict[str, Any]]:
+    """The examples beside the weights of a run, and its metrics; none for its pretrained weights, or another's."""
+    if weights.name != WEIGHTS:
+        return [], {}
+    examples = sorted(weights.parent.glob("examples/*.png"))
+    with suppress(UserError, TypeError, ValueError):
+        run = Run.open(weights.parent)
+        if run.classes == classifier.classes and "accuracy" in run.metrics:
+            return examples, run.metrics
+    return examples, {}
+
+
 def main(**typed):
     """Write what is asked for, and check it. `typed`: the options on the command line (see `Options`)."""
     options = Options(**typed)
@@ -167,10 +180,7 @@ def main(**typed):
     if options.web:
         content = for_browsers(classifier, images, about)
         check(f"{options.web}/model.onnx", expected, run_onnx(content, images))
-        folder, metrics = weights_file(options.run).parent, {}
-        with suppress(UserError):  # which says that there is no more than the weights
-            metrics = Run.open(folder).metrics
-        examples = sorted(folder.glob("examples/*.png"))
+        examples, metrics = tested(weights_file(options.run), classifier)
         write_page(Path(options.web), classifier, content, examples, metrics, runtime)
         print(
             f"{options.web} is ready for any web server; try it with `python -m http.server --directory {options.web}`"

@@ -64,8 +64,8 @@ def test_in_a_jupyter_kernel(tmp_path, monkeypatch):
         cwd=tmp_path,
     )
     assert "module://matplotlib_inline.backend_inline" in backend
-    assert "of 360 test images correct" in missing and "Traceback" not in missing
-    assert "of 360 test images correct" in train and "Error" not in train
+    assert "of 360 test images of digits correct" in missing and "Traceback" not in missing
+    assert "of 360 test images of digits correct" in train and "Error" not in train
     for name in ("shell", "kernel"):
         assert {"metrics.json", "curves.png", "gradcam.png", "misclassified.png"} <= {
             path.name for path in (tmp_path / name).iterdir()

@@ -24,6 +24,8 @@ from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
 from cifar10.files import load_tensors, save_tensors
 from cifar10.interpretation.metrics import calibration_error
+from cifar10.options import Options
+from cifar10.runs.session import Session
 from predict import Classifier
 from train import get_dls, get_learner
 
@@ -303,7 +305,7 @@ def test_how_images_are_read_is_remembered(tmp_path):
     assert json.loads((run / "config.json").read_text())["options"]["images"] == str(elsewhere / "images")
     beside = elsewhere / "list.csv"  # as is the folder of its images
     done = command("interpret.py", run, "--data", beside, cwd=tmp_path, drawn=False)
-    assert done.returncode == 0 and "validation images correct" in done.stdout, done.stderr
+    assert done.returncode == 0 and " validation images of " in done.stdout, done.stderr
     (elsewhere / "other.csv").write_text((elsewhere / "list.csv").read_text().replace("id,kind,", "name,sort,"))
     other = ["--data", elsewhere / "other.csv", "--images", elsewhere / "images", "--out", "other"]
     done = command("interpret.py", run, *other, cwd=tmp_path)
@@ -398,7 +400,7 @@ def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     short = ("--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
     assert command("train.py", "--data", flat, *short, cwd=tmp_path, drawn=False).returncode == 0
     done = command("interpret.py", "runs/run", "--out", "elsewhere", "--tta", cwd=tmp_path, drawn=False)
-    assert "of 10 validation images correct" in done.stdout, done.stderr
+    assert "of 10 validation images of train correct" in done.stdout, done.stderr
     run, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("runs/run", "elsewhere"))
     done = command("interpret.py", "runs/run", "--split", "train", "--out", tmp_path / "runs/run", cwd=tmp_path)
     assert done.returncode == 2 and "is the run's own folder; choose another --out" in done.stderr
@@ -407,7 +409,7 @@ def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     assert {key: run[key] for key in other} == other and (tmp_path / "elsewhere/report.html").is_file()
     (flat / "ring/broken.png").write_text("no image")
     done = command("interpret.py", "runs/run", "--data", flat, "--skip_broken", cwd=tmp_path, drawn=False)
-    assert "of 10 validation images correct" in done.stdout, done.stderr
+    assert "of 10 validation images of train correct" in done.stdout, done.stderr
     Image.new("RGB", (32, 32), "red").save(flat / "ring/more.png")
     done = command("interpret.py", "runs/run", "--out", "third", "--skip_broken", cwd=tmp_path)
     assert done.returncode == 2 and "are not those of runs/run; give --data another path" in done.stderr
@@ -456,27 +458,34 @@ def test_imbalance_is_told_of_the_images_after_the_hold_out(tmp_path, weighted, 
 
 
 @pytest.mark.parametrize(
-    ("small", "large", "reading", "said"),
+    ("sizes", "reading", "said"),
     [
-        ((127, 127), (200, 200), {}, []),
-        ((128, 128), (400, 300), {}, ["--size 64 shows"]),
-        ((128, 128), (400, 300), dict(size=64), []),
-        ((60, 100), (40, 61), {}, ["--resize squish keeps"]),
-        ((60, 60), (60, 100), {}, []),
-        ((60, 100), (40, 61), dict(resize="pad"), []),
-        ((200, 400), (400, 200), {}, ["--resize squish keeps", "--size 64 shows"]),
+        ([(127, 500), (200, 127), (128, 128), (400, 127)], dict(resize="pad"), []),
+        ([(128, 128), (400, 300), (127, 127)], {}, ["--size 64 shows"]),
+        ([(128, 128), (400, 300), (127, 127)], dict(size=64), []),
+        (
+            [(60, 100), (40, 61), (40, 40)],
+            {},
+            ["67% of the images are long, and their ends are cut off; --resize squish"],
+        ),
+        ([(60, 100), (60, 60), (60, 90), (90, 60)], {}, []),
+        ([(200, 400), (400, 200)], {}, ["100% of the images are long", "--size 64 shows"]),
     ],
 )
-def test_large_and_long_images_are_told(tmp_path, small, large, reading, said, capsys):
-    """If the smallest and the largest one of them are so."""
-    for number, size in enumerate((small, large)):
-        (tmp_path / f"images/{number}").mkdir(parents=True)
-        for i in range(5):
-            pixels = np.random.default_rng(i).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"images/{number}/{i}.png")
-    get_dls(tmp_path / "images", batch_size=2, **reading)
+def test_large_and_long_images_are_told(tmp_path, sizes, reading, said, capsys):
+    """In a new training, if they are more than a quarter of all images."""
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number, (width, height) in enumerate(5 * sizes):
+            pixels = np.random.default_rng(number).integers(256, size=(height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"images/{label}/{number}.png")
+    options = Options(data=str(tmp_path / "images"), **reading)
+    Session(options, resources=None).open_images()
     printed = capsys.readouterr().out
-    assert [note for note in ("--resize squish keeps", "--size 64 shows") if note in printed] == said
+    assert all(f"images: {hint}" in printed for hint in said)
+    assert ("--size 64" in printed, "--resize squish" in printed) == tuple(
+        any(option in hint for hint in said) for option in ("--size 64", "are long")
+    )
 
 
 def test_the_ranges_of_another_data_set(tmp_path):

@@ -14,14 +14,16 @@ import torch
 from fastai.vision.all import chunked
 from torch import Tensor
 
-from cifar10.data.decode import Decoded, ValueRanges, decode_files, full_range
+from cifar10.data.decode import SIZE, Decoded, ValueRanges, decode_files, full_range
 from cifar10.data.listing import Item, Listing
 from cifar10.data.sources import fastai_home, short_hash, short_name
 from cifar10.files import replacing, write_json
 
 IN_MEMORY = 2**30  # bytes; larger sets of images stay on disk
 AT_ONCE = 2**27  # bytes to read or decode in one go
-DECODER = 4  # raise it when decode.py makes other pixels of a file, or when the state changes
+LARGE = 4 * SIZE  # side in pixels of an image of which much is lost at the default size
+LONG = 1.5  # times the shorter side: of such an image, a third and more is cut off
+DECODER = 5  # raise it when decode.py makes other pixels of a file, or when the state changes
 
 
 class PixelFile:
@@ -77,7 +79,8 @@ def decode_once(
 
     The state has `broken`: why which images can't be used. The pixels are those of the others, `sha256` is theirs.
     `ranges` are the values that became 0 and 255, `sizes` the smallest and the largest one before images were resized,
-    and `found` is what `find_mistakes` returns. Raises `UserError` if the cache can't be written.
+    `large` and `long` the shares of images that are so, and `found` is what `find_mistakes` returns. Raises `UserError`
+    if the cache can't be written.
     """
     key = fingerprint(listing, fixed_ranges)
     with fastai_home() as data:
@@ -136,6 +139,8 @@ def build(
         state = dict(
             fingerprint=key, sha256=digest(images, pixels), broken=broken, ranges=ranges, found=found,
             sizes=[min(sizes), max(sizes)] if sizes else [],
+            large=sum(min(size) >= LARGE for size in sizes) / max(1, len(sizes)),
+            long=sum(max(size) > LONG * min(size) for size in sizes) / max(1, len(sizes)),
         )  # fmt: skip
     pixels.path = path
     write_json(path.with_suffix(".json"), state)

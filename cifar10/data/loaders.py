@@ -20,7 +20,6 @@ from cifar10.hardware import get_device
 from cifar10.text import enumerate_names, plural, printable
 
 IMBALANCE = 10  # times as many images of a class as of another are worth a word
-LARGE, LONG = 4, 1.5  # times the model's side, and times the other side: so much is lost of an image that it is, too
 
 
 class TensorDL(TfmdDL):
@@ -186,7 +185,7 @@ def build_dls(data, tfms=(), *, bs: int, valid="test", device="auto", stats=None
     if unknown := {*images.classes} - {*classes}:
         names, known = enumerate_names(sorted(unknown)), enumerate_names(classes)
         raise UserError(f"{images.name} has classes that the model does not know: {names}; it knows {known}")
-    for note in [*class_notes(images, splits, valid, weighted), *size_notes(images)] if not only else ():
+    for note in class_notes(images, splits, valid, weighted) if not only else ():
         print(f"{images.name}: {note}")
     rows = np.sort(np.concatenate(splits))
     block = DataBlock(
@@ -222,14 +221,6 @@ def class_notes(images: ImageTable, splits: list[np.ndarray], valid: str, weight
     if many > IMBALANCE * few:
         counts = f"{printable(most)} has {plural(many, 'training image')} and {printable(least)} {few:,}"
         yield f"{counts}: look at the accuracy per class" + (", and consider --weighted" if not weighted else "")
-
-
-def size_notes(images: ImageTable) -> Iterator[str]:
-    """Which options keep more of images that are much larger than the model's, or not square."""
-    if images.resize == "crop" and all(max(size) > LONG * min(size) for size in images.sizes):
-        yield "the ends of long images are cut off; --resize squish keeps them"
-    if images.size == SIZE and all(min(size) >= LARGE * SIZE for size in images.sizes):
-        yield f"--size {2 * SIZE} shows the model finer details, and takes four times as long"
 
 
 def eval_split_name(images: ImageTable, valid: str) -> str:

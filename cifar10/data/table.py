@@ -55,6 +55,7 @@ class ImageTable:
         self.copies: dict[torch.device, Tensor] = {}
         self.ranges = {kind: tuple(limits) for kind, limits in state["ranges"].items()}
         self.sizes = [tuple(found) for found in state["sizes"]]
+        self.large, self.long = state["large"], state["long"]
         notes, images = listing.notes, listing.without(state["broken"])
         if state["broken"]:
             names = [f"{listing.relative(listing.images[i].file)} ({why})" for i, why in state["broken"]]

@@ -33,8 +33,8 @@ PLOTS = {  # file → what draws it from the predictions (the others are drawn i
     "curves": (
         None,
         "Training",
-        "Loss and accuracy after each epoch, and the learning rate of each step. Only training images are augmented and"
-        " have smoothed labels, so their loss can be the higher one.",
+        "Loss and accuracy after each epoch, and the learning rate of each step. Only training images are augmented, so"
+        " their loss can be the higher one.",
     ),
     "confusion_matrix": (
         plots.plot_confusion,
@@ -49,8 +49,8 @@ PLOTS = {  # file → what draws it from the predictions (the others are drawn i
     "gradcam": (
         plots.plot_grad_cam,
         "Grad-CAM",
-        "The evidence for the predicted and the actual class; if they are the same, for the runner-up. A map that is"
-        " blue everywhere has no evidence for its class.",
+        "The evidence for two classes: the predicted one, and the actual one, or the runner-up if they are the same. A"
+        " map that is blue everywhere has no evidence for its class.",
     ),
     "calibration": (
         plots.plot_calibration,
@@ -100,16 +100,16 @@ def baseline(metrics: dict[str, Any]) -> str:
     verdict = ""
     if high < share:
         verdict = ", which is better than the model"
-    elif low <= share:
+    elif low <= share < 1:
         verdict = ", which the model does not beat with confidence"
-    return f"Always predicting the most common class would give {share:.2%}{verdict}."
+    return f"Always predicting the most common class of these images would give {share:.2%}{verdict}."
 
 
 def balanced_accuracy(metrics: dict[str, Any]) -> str:
-    """The mean recall, in a sentence, unless it is the accuracy: then all classes are equally frequent."""
-    recall = percent(metrics["macro"]["recall"])
-    if recall == percent(metrics["accuracy"]):
+    """The mean recall, in a sentence, unless all classes are equally frequent: then it is the accuracy."""
+    if len({row["images"] for row in metrics["per_class"].values() if row["images"]}) == 1:
         return ""
+    recall = percent(metrics["macro"]["recall"])
     return f"The mean recall of the classes, in which rare ones count as much as common ones, is {recall}."
 
 
@@ -126,15 +126,18 @@ def calibration(metrics: dict[str, Any], label_smoothing: float) -> str:
             " validation images. predict.py, app.py and export.py use it; the plots and the loss are without it."
         )
     mean, (low, high) = metrics["mean_probability"], metrics["accuracy_interval"]
+    difference = metrics["accuracy"] - mean
+    average = f"{mean:.1%} on average"
+    if abs(difference) < metrics["calibration_error"] / 2:  # it would be all of the error if all were off alike
+        return f"{said}: some probabilities are too low and some too high; they are {average}."
     if low <= mean <= high:
-        return f"{said}. The mean probability, {mean:.1%}, is within the confidence interval of the accuracy."
-    if mean > high:
-        return f"{said}: the probabilities are too high, {mean:.1%} on average."
-    said += f": the probabilities are too low, {mean:.1%} on average."
+        return f"{said}: the probabilities, {average}, are not clearly too low or too high."
+    if difference < 0:
+        return f"{said}: the probabilities are too high, {average}."
+    said += f": the probabilities are too low, {average}."
     if label_smoothing:
         # It trains for a probability of 1 - label_smoothing, and a little more.
-        enough = metrics["accuracy"] - mean <= label_smoothing
-        cause = "makes them so" if enough else "is one cause, and a short training may be another"
+        cause = "makes them so" if difference <= label_smoothing else "is one cause, perhaps a short training another"
         said += f" Label smoothing {cause}; the loss and this error look worse than the model is."
     return said
 
@@ -146,7 +149,7 @@ def statements(run: Run, metrics: dict[str, Any], own: bool) -> str:
         f"The 95% confidence interval of the accuracy (Wilson's) is {low:.2%} to {high:.2%}.",
         baseline(metrics),
         balanced_accuracy(metrics),
-        f"The mean cross-entropy loss is {metrics['loss']:.4f}.",
+        f"The mean cross-entropy loss, with labels smoothed as in training, is {metrics['loss']:.4f}.",
         calibration(metrics, run.recipe.label_smoothing),
     ]
     if "tta_accuracy" in metrics:
@@ -181,8 +184,8 @@ def class_sections(interp: Interpretation, metrics: dict[str, Any]) -> list[str]
         which = f"The first {len(suspects)} of {wrong:,} misclassified" if wrong > len(suspects) else "Misclassified"
         note = (
             f"{which} images, ordered by how much likelier the model finds another class than the label. Some of these"
-            " labels may be wrong; the better the model, the more of them. The list says little about images that the"
-            " model was trained on."
+            " labels may be wrong, and the better the model, the likelier that is. The list says little about images"
+            " that the model was trained on."
         )
         header = ["image", "label", "predicted", "probability of the label", "of the prediction"]
         sections += ["## Labels to check", note, markdown_table(header, suspects, right=2)]
@@ -282,8 +285,13 @@ def write_report(learn: Learner, run: Run, folder: Path, split: str, temperature
     if tta:
         metrics["tta_accuracy"] = tta_accuracy(interp, run.recipe.flip)
     own = folder == run.path
-    images = f"{metrics['images']:,} {'' if split == 'all' else f'{split} '}images"
-    title = f"{learn.dls.train.table.name}: {metrics['accuracy']:.2%} of {images} correct"
+    table, count = learn.dls.train.table, metrics["images"]
+    if split in ("test", "validation"):
+        images = f"{count:,} {split} images of {table.name}"
+    else:
+        mostly = ", mostly trained on" * (split in ("train", "all") and table.hash == run.sha256)
+        images = f"{count:,} images of {table.name} ({split}{mostly})"
+    title = f"{metrics['accuracy']:.2%} of {images} correct"
     blocks = [f"# {escape(title)}", statements(run, run.metrics | metrics if own else metrics, own)]
     for name, (_, heading, caption) in PLOTS.items():
         if (folder / f"{name}.png").is_file():
@@ -293,7 +301,7 @@ def write_report(learn: Learner, run: Run, folder: Path, split: str, temperature
     write(folder / "report.md", "\n\n".join(blocks) + "\n")
     write(folder / "report.html", as_page("\n\n".join([*blocks, *about]), folder))
     with_tta = f", {metrics['tta_accuracy']:.2%} with test-time augmentation" if tta else ""
-    model = "" if own else f"{run.path} on "
+    model = "" if own else f"{run.path}: "
     print(f"{model}{title}{with_tta}. {baseline(metrics)} See {folder / 'report.html'}")
     return metrics
 

@@ -100,7 +100,7 @@ def introduce(names: Sequence[str], metrics: Mapping[str, Any]) -> str:
     measured = ""
     if metrics:
         images = plural(metrics["images"], "image") if "images" in metrics else "images"  # which older runs don't count
-        measured = f" It is right for {metrics['accuracy']:.1%} of {images} that it has not been trained on."
+        measured = f" Tested on {images} that it was not trained on, it was right for {metrics['accuracy']:.1%}."
     return f"The model knows these classes: {listed}. It answers with one of them, whatever the image shows.{measured}"
 
 

@@ -13,7 +13,7 @@ from fastai.torch_core import num_distrib, set_seed
 from fastai.vision.all import Learner
 
 from cifar10.cli import import_extra
-from cifar10.data import ImageTable, Reading, describe
+from cifar10.data import SIZE, ImageTable, Reading, describe
 from cifar10.errors import UserError
 from cifar10.files import write
 from cifar10.options import Options
@@ -31,6 +31,7 @@ from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.runs.run import PRETRAINED, Run, check_folder, places, weights_file
 from cifar10.training import StopAtNaN, StopAtSignal, TimeEstimate
 
+SOME = 0.25  # of the images are worth a hint
 WEIGHTS_HERE = "results/cifar10-best"  # seen from the clone
 FEW = 5_000  # training images, for which it is worth mentioning that training need not start from scratch
 
@@ -89,12 +90,20 @@ class Session:
             images = ImageTable.open(options.data, Reading.of(options), options.valid)
         check_same(images.hash, "the data set")
         self.recipe = self.run.recipe if self.is_resumed else options.resolve(images)
-        count = len(images.split_rows(options.valid)[0])
-        plain = (options.weights, options.width, options.norm, options.recipe) == (None, None, "batch", None)
-        if plain and count < FEW and not self.is_resumed and not images.defaults and Path(WEIGHTS_HERE).is_dir():
-            hint = f"--weights {WEIGHTS_HERE} takes half the epochs, and is often better"
-            print(f"{count:,} training images are few: {hint}")
+        for hint in self.hints(images) if not self.is_resumed else ():
+            print(f"{images.name}: {hint}")
         return images
+
+    def hints(self, images: ImageTable) -> Iterator[str]:
+        """Options that may be better for these images."""
+        options, count = self.options, len(images.split_rows(self.options.valid)[0])
+        plain = (options.weights, options.width, options.norm, options.recipe) == (None, None, "batch", None)
+        if plain and count < FEW and not images.defaults and Path(WEIGHTS_HERE).is_dir():
+            yield f"{count:,} training images are few; --weights {WEIGHTS_HERE} is likely to be more accurate"
+        if images.resize == "crop" and images.long > SOME:
+            yield f"{images.long:.0%} of the images are long, and their ends are cut off; --resize squish keeps them"
+        if images.size == SIZE and images.large > SOME:
+            yield f"--size {2 * SIZE} shows the model finer details, and takes four times as long"
 
     def open_run(self, learn: Learner) -> Run:
         """Create and lock the folder of a new run, or check that a resumed run has the same images.

@@ -69,16 +69,17 @@ def test_interpret_renews_it_and_writes_one_for_other_images(report, tmp_path):
     other = make_images(tmp_path / "other", train=5, test=3, classes=("ring", f'{EVIL}"&'))
     done = command("interpret.py", tmp_path / "run", "--data", other, "--tta", cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
-    assert "on other: " in done.stdout and "with test-time augmentation" in done.stdout
+    assert "of 6 images of other (test) correct" in done.stdout and "with test-time augmentation" in done.stdout
     assert (tmp_path / "run/other-test/report.html").read_text().count("<img") == 4  # without the training
     every = ("--data", other, "--split", "all", "--out", "there")
     done = command("interpret.py", tmp_path / "run", *every, cwd=tmp_path, drawn=False)
-    assert done.returncode == 0 and "of 16 images correct" in done.stdout
+    assert done.returncode == 0 and "of 16 images of other (all) correct" in done.stdout
     (tmp_path / "mine/examples").mkdir(parents=True)
     (tmp_path / "mine/examples/holiday.png").write_text("of the user")
     its_own = ("--split", "train", "--out", "mine")
     done = command("interpret.py", tmp_path / "run", *its_own, cwd=tmp_path, drawn=False)
-    assert done.returncode == 0 and "of 72 train images correct" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "of 72 images of images (train, mostly trained on) correct" in done.stdout
     assert (tmp_path / "mine/examples/holiday.png").read_text() == "of the user"
     assert (tmp_path / "run/report.html").read_text() == own
     done = command("interpret.py", tmp_path / "run", "--data", other, "--split", "valid", cwd=tmp_path)

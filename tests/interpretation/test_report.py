@@ -87,13 +87,19 @@ def test_a_model_that_knows_only_the_most_common_class(interp, correct, verdict)
     other.decoded[correct:] = 3
     other.preds = interp.preds[:100]
     said = baseline(summarize(other))
-    assert said == f"Always predicting the most common class would give 50.00%{verdict}."
+    assert said == f"Always predicting the most common class of these images would give 50.00%{verdict}."
 
 
-def test_the_mean_recall_is_named_where_it_is_not_the_accuracy():
-    assert balanced_accuracy(dict(accuracy=0.9004, macro=dict(recall=0.9))) == ""
-    said = balanced_accuracy(dict(accuracy=0.9, macro=dict(recall=0.479)))
-    assert said == "The mean recall of the classes, in which rare ones count as much as common ones, is 47.9%."
+def test_nothing_beats_the_most_common_class_if_there_is_no_other():
+    said = baseline(dict(most_common_class=1, accuracy_interval=(0.8, 1)))
+    assert said == "Always predicting the most common class of these images would give 100.00%."
+
+
+@pytest.mark.parametrize(("counts", "named"), [((5, 5), False), ((5, 0, 5), False), ((5, 4), True)])
+def test_the_mean_recall_is_named_where_it_is_not_the_accuracy(counts, named):
+    metrics = dict(macro=dict(recall=0.479), per_class={i: dict(images=count) for i, count in enumerate(counts)})
+    said = "The mean recall of the classes, in which rare ones count as much as common ones, is 47.9%."
+    assert balanced_accuracy(metrics) == (said if named else "")
 
 
 @pytest.mark.parametrize(
@@ -107,23 +113,26 @@ def test_the_mean_recall_is_named_where_it_is_not_the_accuracy():
         (
             0.65,
             0.1,
-            r"too low, 65\.0% on average\. Label smoothing is one cause, and a short training may be another; .*",
+            r"too low, 65\.0% on average\. Label smoothing is one cause, perhaps a short training another; .*",
         ),
         (0.85, 0.0, r"too low, 85\.0% on average\."),
         (0.97, 0.1, r"too high, 97\.0% on average\."),
     ],
 )
 def test_in_which_direction_probabilities_are_off(mean, smoothing, says):
-    metrics = dict(accuracy=0.9, mean_probability=mean, calibration_error=0.05, temperature=None)
+    metrics = dict(accuracy=0.9, mean_probability=mean, calibration_error=abs(0.9 - mean), temperature=None)
     metrics |= dict(accuracy_interval=(0.88, 0.92))
     said = calibration(metrics, smoothing)
-    assert re.search(f"is 5\\.0%: the probabilities are {says}$", said)
+    assert re.search(f"is {abs(0.9 - mean):.1%}: the probabilities are {says}$", said)
 
 
-def test_probabilities_that_are_right_or_corrected():
+def test_probabilities_that_are_right_mixed_or_corrected():
     metrics = dict(accuracy=0.9, mean_probability=0.911, calibration_error=0.012, temperature=None)
     metrics |= dict(accuracy_interval=(0.88, 0.92))
-    said = "is 1.2%. The mean probability, 91.1%, is within the confidence interval of the accuracy."
+    said = "is 1.2%: the probabilities, 91.1% on average, are not clearly too low or too high."
     assert calibration(metrics, 0.1).endswith(said)
+    mixed = metrics | dict(calibration_error=0.14, mean_probability=0.85)
+    said = "is 14.0%: some probabilities are too low and some too high; they are 85.0% on average."
+    assert calibration(mixed, 0.1).endswith(said)
     metrics |= dict(temperature=0.5, calibration_error_with_temperature=0.004)
     assert "is 1.2%, and 0.4% with a temperature of 0.50, which was fitted" in calibration(metrics, 0.1)

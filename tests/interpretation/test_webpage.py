@@ -319,7 +319,7 @@ def test_names_of_any_kind_are_embedded_safely(tmp_path, tiny_runtime):
     assert page.count("<script") == page.count("</script>") == 2 and "<title>&lt;script&gt;x: which of 5 " in page
     (about,) = re.findall('<script type="application/json" id="about">(.*?)</script>', page)
     assert json.loads(about) == dict(classes=[*CLASSES], size=32, resize="crop", examples=[])
-    assert html.unescape(page).count(f"<bdi>{EVIL}</bdi>") == 1 and "not been trained on." not in page
+    assert html.unescape(page).count(f"<bdi>{EVIL}</bdi>") == 1 and "Tested on" not in page
     elsewhere = r"""(?:src|href)=["'](?!data:,|LICENSE)|https?:(?!//localhost)|{{\w+}}"""
     assert not re.findall(elsewhere, page.replace(about, "").replace(html.escape(EVIL), ""))
     assert "6,574,090" not in page and f"{sum(p.numel() for p in classifier.model.parameters()):,} parameters" in page
@@ -333,7 +333,7 @@ def test_the_page_says_what_the_model_knows_and_how_well():
     said = webpage.introduce(names, dict(accuracy=0.7908, images=1530))
     assert said.startswith("The model knows these classes: <bdi>class 0</bdi>, <bdi>class 1</bdi>, ")
     assert "class 49</bdi> and 10 more. It answers with one of them, whatever the image shows. " in said
-    assert said.endswith(". It is right for 79.1% of 1,530 images that it has not been trained on.")
+    assert said.endswith(" Tested on 1,530 images that it was not trained on, it was right for 79.1%.")
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -265,4 +265,4 @@ def test_few_images_are_worth_a_word_about_weights(others, source, capsys, monke
     monkeypatch.chdir(ROOT)  # where these weights are
     for options, said in ((Options(data=str(others)), 1), (Options(data=str(others), weights=str(source)), 0)):
         Session(options, resources=None).open_images()
-        assert capsys.readouterr().out.count("36 training images are few: --weights results/cifar10-best") == said
+        assert capsys.readouterr().out.count("36 training images are few; --weights results/cifar10-best") == said
