@@ -1,6 +1,7 @@
 """Exported files give what PyTorch gives, for any number of images, and name their classes."""
 
 import json
+import shutil
 
 import onnx
 import onnxruntime
@@ -75,6 +76,23 @@ def test_the_page_gets_grad_cam_without_a_backward_pass(tmp_path, size, half):
     weights = [tensor for tensor in stored if tensor.name.startswith("model") and len(tensor.dims) > 1]
     kinds = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in weights}
     assert len(weights) == 9 and kinds == {"FLOAT16" if half else "FLOAT"}
+
+
+@pytest.mark.slow
+def test_a_page_shows_the_accuracy_of_its_own_weights_only(exported, tmp_path):
+    run = shutil.copytree(exported[0], tmp_path / "run")
+    classifier = ImageClassifier.load(run, ResNet)
+    examples, metrics = export.tested(run / "model.safetensors", classifier)
+    assert len(examples) > 1 and metrics["images"] == json.loads((run / "metrics.json").read_text())["images"]
+    shutil.copy(run / "model.safetensors", run / "pretrained.safetensors")  # as in a run with --weights
+    assert export.tested(run / "pretrained.safetensors", classifier) == ([], {})
+    other = ImageClassifier.load(save_classifier(tmp_path / "other", ("ring", "bar")), ResNet)
+    assert export.tested(run / "model.safetensors", other) == (examples, {})
+    for damaged in ('{"accuracy": 0.9', "[1, 2]", "7", '{"loss": 1}'):
+        (run / "metrics.json").write_text(damaged)
+        assert export.tested(run / "model.safetensors", classifier) == (examples, {}), damaged
+    (run / "config.json").write_text('{"model_type": "resnet"}')  # of another program
+    assert export.tested(run / "model.safetensors", classifier) == (examples, {})
 
 
 def test_a_difference_is_an_error():
