@@ -69,7 +69,7 @@ def test_interpret_renews_it_and_writes_one_for_other_images(report, tmp_path):
     other = make_images(tmp_path / "other", train=5, test=3, classes=("ring", f'{EVIL}"&'))
     done = command("interpret.py", tmp_path / "run", "--data", other, "--tta", cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
-    assert "of 6 images of other (test) correct" in done.stdout and "with test-time augmentation" in done.stdout
+    assert "of 6 test images of other correct" in done.stdout and "with test-time augmentation" in done.stdout
     assert (tmp_path / "run/other-test/report.html").read_text().count("<img") == 4  # without the training
     every = ("--data", other, "--split", "all", "--out", "there")
     done = command("interpret.py", tmp_path / "run", *every, cwd=tmp_path, drawn=False)
