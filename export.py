@@ -47,6 +47,7 @@ from cifar10.cli import import_extra
 from cifar10.files import write
 from cifar10.interpretation import ImageClassifier, read_runtime, write_page
 from cifar10.runs import WEIGHTS, Run, weights_file
+from cifar10.text import plural
 from model import ResNet
 
 N_CHECK_IMAGES = 100  # images on which an exported file is compared with PyTorch
@@ -182,9 +183,9 @@ def main(**typed):
         check(f"{options.web}/model.onnx", expected, run_onnx(content, images))
         examples, metrics = tested(weights_file(options.run), classifier)
         write_page(Path(options.web), classifier, content, examples, metrics, runtime)
-        print(
-            f"{options.web} is ready for any web server; try it with `python -m http.server --directory {options.web}`"
-        )
+        shown = f", with {plural(len(examples), 'image')} of {examples[0].parent}" if examples else ""
+        how = f"try it with `python -m http.server --directory {options.web}`"
+        print(f"{options.web} is ready for any web server{shown}; {how}")
 
 
 if __name__ == "__main__":

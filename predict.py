@@ -109,6 +109,8 @@ def main(**typed):
         texts = table.select_dtypes(exclude="number")
         aligned = {name: f"{{:<{texts[name].str.len().max()}}}".format for name in texts}  # left
         print(table.to_string(index=False, justify="left", formatters=aligned, float_format="{:.1%}".format))
+    if options.gradcam and names:
+        print(f"Grad-CAM plots: see {options.gradcam}", file=sys.stderr)
     if failed:
         cli.fail(f"{failed:,} of {len(files):,} images can't be used", 1)
 

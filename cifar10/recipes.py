@@ -147,8 +147,8 @@ class Recipe:
         return replace(self, **changes)
 
     def describe_cycle(self) -> str:
-        """The cycle, once its learning rates are known: `5 epochs, learning rate 0.1 → 0.5 at epoch 1 → 0`."""
-        epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        """The cycle, once its learning rates are known: `5 epochs, batches of 512, learning rate 0.1 → 0.5 …`."""
+        epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}, batches of {self.batch_size}"
         end = 0 if self.annihilate else self.lr_min
         return (
             f"{epochs}, learning rate {self.lr_min:.2g} → {self.lr_max:.2g} at epoch {self.peak_epoch:.3g} → {end:.2g}"

@@ -65,6 +65,17 @@ def calibration_error(preds: Tensor, targs: Tensor) -> float:
     return float(np.average((bins.confidence - bins.accuracy).abs(), weights=bins.images))
 
 
+def calibration_error_by_chance(preds: Tensor, draws: int = 200) -> float:
+    """The calibration error that only 5% of perfectly calibrated models exceed if they give these probabilities.
+
+    With few images it is large, because each bin has few of them.
+    """
+    confidence = preds.amax(dim=1).double().numpy()
+    in_bin = np.eye(BINS)[(confidence * BINS).astype(int).clip(max=BINS - 1)]
+    correct = np.random.default_rng(0).random((draws, len(confidence))) < confidence
+    return float(np.quantile(np.abs((correct - confidence) @ in_bin).sum(axis=1) / len(confidence), 0.95))
+
+
 def log_probabilities(preds: Tensor) -> Tensor:
     """The logits, up to a constant for each image."""
     return preds.clamp_min(torch.finfo(preds.dtype).tiny).log()
@@ -96,6 +107,7 @@ def summarize(interp: Interpretation, temperature: float | None = None) -> dict[
         images=len(interp.targs),
         macro=macro(interp),
         calibration_error=calibration_error(interp.preds, interp.targs),
+        calibration_error_by_chance=calibration_error_by_chance(interp.preds),
         temperature=temperature,
     )
     if temperature:

@@ -210,10 +210,10 @@ def plot_calibration(interp: Interpretation):
                 label="this model, with 95% confidence intervals", clip_on=False)  # fmt: skip
     ax.set(ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     ax.grid(alpha=0.3)
-    ax.legend(loc="best")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # above, where no interval is
     below.bar(100 * (bins.index + 0.5) / BINS, bins.images, width=90 / BINS, color=TRAIN_COLOR)
     below.set(xlabel="Probability of the predicted class (%)", ylabel="Images", yscale="log")
-    below.set_ylim(0.8, max(12, 1.5 * bins.images.max()))  # labels at 1 and 10 at least
+    below.set_ylim(0.5, max(12, 1.5 * bins.images.max()))  # labels at 1 and 10 at least
     below.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     below.grid(alpha=0.3)
     error = calibration_error(interp.preds, interp.targs)

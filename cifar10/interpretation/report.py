@@ -33,8 +33,8 @@ PLOTS = {  # file → what draws it from the predictions (the others are drawn i
     "curves": (
         None,
         "Training",
-        "Loss and accuracy after each epoch, and the learning rate of each step. Only training images are augmented, so"
-        " their loss can be the higher one.",
+        "Loss and accuracy after each epoch, and the learning rate of each step. Only training images are augmented. If"
+        " they are classified much better than the others nevertheless, the model overfits; more images help most.",
     ),
     "confusion_matrix": (
         plots.plot_confusion,
@@ -125,13 +125,13 @@ def calibration(metrics: dict[str, Any], label_smoothing: float) -> str:
             f"{said}, and {error:.1%} with a temperature of {metrics['temperature']:.2f}, which was fitted on the run's"
             " validation images. predict.py, app.py and export.py use it; the plots and the loss are without it."
         )
-    mean, (low, high) = metrics["mean_probability"], metrics["accuracy_interval"]
+    if metrics["calibration_error"] <= metrics["calibration_error_by_chance"]:
+        return f"{said}; with {plural(metrics['images'], 'image')}, perfect probabilities can give as much by chance."
+    mean = metrics["mean_probability"]
     difference = metrics["accuracy"] - mean
     average = f"{mean:.1%} on average"
     if abs(difference) < metrics["calibration_error"] / 2:  # it would be all of the error if all were off alike
         return f"{said}: some probabilities are too low and some too high; they are {average}."
-    if low <= mean <= high:
-        return f"{said}: the probabilities, {average}, are not clearly too low or too high."
     if difference < 0:
         return f"{said}: the probabilities are too high, {average}."
     said += f": the probabilities are too low, {average}."
@@ -222,6 +222,8 @@ def facts(run: Run, metrics: dict[str, Any]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in config["versions"].items()),
         "commit": str(config["commit"]),
     }
+    if run.options.weights:
+        rows["weights"] = f"all layers but the last start from {run.options.weights}"
     return markdown_table(["setting", "value"], ((name, escape(value)) for name, value in rows.items()))
 
 

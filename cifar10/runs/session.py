@@ -69,7 +69,8 @@ class Session:
             else:
                 from_rank0(check_folder)(Path(options.runs_dir), options.name)
                 if options.weights and not weights_file(options.weights).is_file():
-                    raise UserError(f"weights is {options.weights}, which is no finished run and no model.safetensors")
+                    what = "is neither the folder of a finished run nor its model.safetensors; give either"
+                    raise UserError(f"weights is {options.weights}, which {what}")
             set_seed(session.options.seed, reproducible=True)
             yield session
 
@@ -90,6 +91,10 @@ class Session:
             images = ImageTable.open(options.data, Reading.of(options), options.valid)
         check_same(images.hash, "the data set")
         self.recipe = self.run.recipe if self.is_resumed else options.resolve(images)
+        if options.weights and not self.is_resumed:
+            print(
+                f"All layers but the last start from {options.weights}; the last one is fitted before the first epoch."
+            )
         for hint in self.hints(images) if not self.is_resumed else ():
             print(f"{images.name}: {hint}")
         return images

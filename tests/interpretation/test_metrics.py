@@ -9,6 +9,7 @@ import torch
 
 from cifar10.interpretation.metrics import (
     calibration_error,
+    calibration_error_by_chance,
     confidence_interval,
     fit_temperature,
     likely_label_errors,
@@ -55,6 +56,16 @@ def test_calibration_by_hand():
     assert calibration_error(preds, targs) == pytest.approx(0.5 * 0.0 + 0.5 * 0.3, abs=1e-6)
     assert reliability(preds, targs).images.tolist() == [10, 10]
     assert calibration_error(torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == 0  # the last bin holds its end
+
+
+@pytest.mark.parametrize("count", [50, 2000])
+def test_one_perfectly_calibrated_model_in_twenty_has_more_error_than_by_chance(count):
+    generator = torch.Generator().manual_seed(0)
+    preds = torch.randn(count, 5, generator=generator).mul(2).softmax(dim=1)
+    limit = calibration_error_by_chance(preds)
+    errors = [calibration_error(preds, torch.multinomial(preds, 1, generator=generator)[:, 0]) for _ in range(200)]
+    assert 0.01 < np.mean(np.array(errors) > limit) < 0.1
+    assert 0.5 < limit * count**0.5 < 2  # it falls as the square root of the number of images
 
 
 def test_the_temperature_undoes_a_scaling():

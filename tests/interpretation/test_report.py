@@ -121,15 +121,15 @@ def test_the_mean_recall_is_named_where_it_is_not_the_accuracy(counts, named):
 )
 def test_in_which_direction_probabilities_are_off(mean, smoothing, says):
     metrics = dict(accuracy=0.9, mean_probability=mean, calibration_error=abs(0.9 - mean), temperature=None)
-    metrics |= dict(accuracy_interval=(0.88, 0.92))
+    metrics |= dict(calibration_error_by_chance=0.03)
     said = calibration(metrics, smoothing)
     assert re.search(f"is {abs(0.9 - mean):.1%}: the probabilities are {says}$", said)
 
 
 def test_probabilities_that_are_right_mixed_or_corrected():
     metrics = dict(accuracy=0.9, mean_probability=0.911, calibration_error=0.012, temperature=None)
-    metrics |= dict(accuracy_interval=(0.88, 0.92))
-    said = "is 1.2%: the probabilities, 91.1% on average, are not clearly too low or too high."
+    metrics |= dict(calibration_error_by_chance=0.012, images=500)
+    said = "is 1.2%; with 500 images, perfect probabilities can give as much by chance."
     assert calibration(metrics, 0.1).endswith(said)
     mixed = metrics | dict(calibration_error=0.14, mean_probability=0.85)
     said = "is 14.0%: some probabilities are too low and some too high; they are 85.0% on average."

@@ -246,7 +246,10 @@ def test_it_resumes_exactly_without_the_run_that_it_started_from(finished, check
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (("--weights", "nowhere"), "weights is nowhere, which is no finished run and no model.safetensors"),
+        (
+            ("--weights", "nowhere"),
+            "weights is nowhere, which is neither the folder of a finished run nor its model.safetensors; give either",
+        ),
         (("--width", "8", "--recipe", "fast"), "the weights are of a model with width 4, not 8; give --width 4"),
         (("--width", "8"), "the weights are of a model with width 4, not 8; give --width 4"),
     ],
