@@ -11,7 +11,7 @@ from cifar10.errors import UserError
 class Options:
     """Serve a finished run as a web page on this computer."""
 
-    run: Annotated[str, "folder of a finished run, or its model.safetensors"]
+    run: Annotated[str, "folder of a finished run, its model.safetensors, or last"]
     host: Annotated[str | None, "address to listen on; 0.0.0.0 in a container (default: this computer's only)"] = None
     port: Annotated[int | None, "port to listen on (default: the first free one from 7860)"] = None
     share: Annotated[bool, "also make a public link through Gradio's servers"] = False

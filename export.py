@@ -15,7 +15,7 @@ from cifar10.errors import UserError
 class Options:
     """Export a finished run to ONNX, torch.export or a web page, and compare the model with PyTorch."""
 
-    run: Annotated[str, "folder of a finished run, or its model.safetensors"]
+    run: Annotated[str, "folder of a finished run, its model.safetensors, or last"]
     onnx: Annotated[cli.OutputFile, "file for ONNX"] = None
     torch: Annotated[cli.OutputFile, "file for torch.export"] = None
     web: Annotated[cli.OutputFolder, "new folder for a page that classifies images in the browser"] = None

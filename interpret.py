@@ -10,7 +10,7 @@ from cifar10 import cli
 class Options:
     """Write the plots and the report of a finished run, on its own images or on others."""
 
-    run: Annotated[str, "folder of a finished run"]
+    run: Annotated[str, "folder of a finished run, or last"]
     data: Annotated[str | None, "other labeled images, or where the run's own are (default: where they were)"] = None
     split: Annotated[str | None, "train, valid, test or all (default: the run's; for other images, the last)"] = None
     out: Annotated[str | None, "folder for the report (default: the run's, or one in it for other images)"] = None

@@ -11,7 +11,7 @@ from cifar10.recipes import Bounds, check_fields
 class Options:
     """Classify images with a finished run."""
 
-    run: Annotated[str, "folder of a finished run, or its model.safetensors"]
+    run: Annotated[str, "folder of a finished run, its model.safetensors, or last"]
     images: Annotated[list[str], {"nargs": "+", "type": str}, "files, folders, or - for a list from standard input"]
     topk: Annotated[int, Bounds(1), "classes to show for each image"] = 3
     tta: Annotated[bool, "average the predictions for shifted and mirrored views of each image"] = False

@@ -20,7 +20,7 @@ class Options:
 
     data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
     recipe: Annotated[str | None, choices(*RECIPES)] = None  # default: assignment; finetune with --weights
-    weights: str | None = None  # finished run to start from, or its model.safetensors (default: from scratch)
+    weights: str | None = None  # finished run to start from, its model.safetensors, or last (default: from scratch)
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
     valid_pct: float | None = None  # part of train to hold out (default: 0.1; 0.2 for a folder without splits)

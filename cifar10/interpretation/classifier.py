@@ -17,7 +17,7 @@ from cifar10.hardware import get_device, resolve_precision
 from cifar10.interpretation.gradcam import grad_cam
 from cifar10.interpretation.predictions import TTA
 from cifar10.recipes import Recipe
-from cifar10.runs.run import FORMAT, WEIGHTS, weights_file
+from cifar10.runs.run import FORMAT, WEIGHTS, find_run, weights_file
 from cifar10.text import printable
 
 MIN_BATCHES_FOR_BAR = 8  # fewer end before anyone could read a progress bar
@@ -51,6 +51,7 @@ class ImageClassifier:
         `model_class` builds the model from its saved arguments.
         Raises `UserError` if there are no weights, or if they are damaged or of another format.
         """
+        run = find_run(run)
         path = weights_file(run)
         try:
             tensors, about = load_tensors(path)
@@ -65,7 +66,7 @@ class ImageClassifier:
         except CorruptFileError as damage:
             raise UserError(f"{damage}; copy it again, or train again") from None
         except OSError:
-            if (Path(run) / "config.json").is_file():
+            if (run / "config.json").is_file():
                 raise UserError(f"{run} holds no {WEIGHTS}; finish the run, or copy its weights there") from None
             raise UserError(f"{run} is neither the folder of a finished run nor its {WEIGHTS}; give either") from None
         except (LookupError, RuntimeError, TypeError, AttributeError) as reason:

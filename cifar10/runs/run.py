@@ -74,16 +74,12 @@ class Run:
     @classmethod
     def open(cls, path: str | Path, runs_dir: str | Path = "runs") -> "Run":
         """The run in a folder; `"last"` is the latest one in `runs_dir`. Raises `UserError` if it can't be read."""
-        if path == "last":
-            configs = sorted(Path(runs_dir).glob("*/config.json"), key=lambda config: config.stat().st_mtime)
-            if not configs:
-                raise UserError(f"{runs_dir} holds no run; give --resume the folder of a run, or its --runs_dir")
-            path = configs[-1].parent
-        file = Path(path) / "config.json"
+        path = find_run(path, runs_dir)
+        file = path / "config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
             if config.get("format", 1) == FORMAT:
-                return cls(Path(path), config)
+                return cls(path, config)
         except OSError:
             raise UserError(f"{path} is not the folder of a run: it has no config.json that can be read") from None
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as reason:
@@ -210,9 +206,19 @@ class Run:
             raise UserError(f"{weights} does not fit the model: {shorten(str(reason), 200)}") from None
 
 
+def find_run(run: str | Path, runs_dir: str | Path = "runs") -> Path:
+    """The path of a run; that of `"last"` is the folder in `runs_dir` that was made most recently."""
+    if run != "last":
+        return Path(run).expanduser()
+    configs = sorted(Path(runs_dir).glob("*/config.json"), key=lambda config: config.stat().st_mtime)
+    if not configs:
+        raise UserError(f"{runs_dir} holds no run, so there is no last one; name the folder of a run")
+    return configs[-1].parent
+
+
 def weights_file(run: str | Path) -> Path:
-    """The weights of a finished run, which are named by its folder or by themselves."""
-    path = Path(run).expanduser()
+    """The weights of a finished run, which are named by its folder, by themselves, or as the `"last"` ones."""
+    path = find_run(run)
     return path / WEIGHTS if path.is_dir() else path
 
 

@@ -28,7 +28,7 @@ from cifar10.processes import (
 )
 from cifar10.recipes import Recipe
 from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
-from cifar10.runs.run import PRETRAINED, Run, check_folder, places, weights_file
+from cifar10.runs.run import PRETRAINED, Run, check_folder, find_run, places, weights_file
 from cifar10.training import StopAtNaN, StopAtSignal, TimeEstimate
 
 SOME = 0.25  # of the images are worth a hint
@@ -61,6 +61,8 @@ class Session:
         Raises `UserError` for invalid options, and for options that can't change on resume.
         """
         options = Options(**typed)
+        if options.weights == "last":  # which will soon be this run
+            options = replace(options, weights=str(find_run("last", options.runs_dir)))
         with process_group(options.device, options.timeout), ExitStack() as resources:
             session = cls(options, resources)
             resume = options.resume or (find_restarted(options) if is_restart() else None)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from cifar10.files import load_tensors
 from cifar10.interpretation import ImageClassifier
 from cifar10.options import Options
 from cifar10.recipes import FASTER, RECIPES
-from cifar10.runs import Run, Session
+from cifar10.runs import WEIGHTS, Run, Session, weights_file
+from cifar10.runs.run import find_run
 from cifar10.training.learner import build_learner
 from cifar10.training.transfer import features, fit_head
 from model import ResNet
@@ -215,6 +217,21 @@ def finished(source, others, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     shutil.rmtree(copy)
     return folder / "run", str(copy)
+
+
+def test_last_is_the_latest_run_at_the_start(source, tmp_path, monkeypatch):
+    shutil.copytree(source, tmp_path / "runs/source")
+    monkeypatch.chdir(tmp_path)
+    here = Path("runs/source")
+    assert find_run("last") == here == find_run("runs/source") and weights_file("last") == here / WEIGHTS
+    assert ImageClassifier.load("last", ResNet).classes == ImageClassifier.load(here, ResNet).classes
+    with Session.start({"weights": "last"}) as session:
+        assert session.options.weights == "runs/source"  # and not the run that begins
+    (here / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"^runs/source holds no model.safetensors; finish the run"):
+        ImageClassifier.load("last", ResNet)
+    with pytest.raises(UserError, match="nowhere holds no run, so there is no last one; name the folder of a run"):
+        find_run("last", "nowhere")
 
 
 @pytest.mark.slow
