@@ -461,7 +461,7 @@ def test_imbalance_is_told_of_the_images_after_the_hold_out(tmp_path, weighted, 
     ("sizes", "reading", "said"),
     [
         ([(127, 500), (200, 127), (128, 128), (400, 127)], dict(resize="pad"), []),
-        ([(128, 128), (400, 300), (127, 127)], {}, ["--size 64 shows"]),
+        ([(128, 128), (400, 300), (127, 127)], {}, ["--size 64 shows finer details"]),
         ([(128, 128), (400, 300), (127, 127)], dict(size=64), []),
         (
             [(60, 100), (40, 61), (40, 40)],

@@ -110,7 +110,7 @@ class Session:
         if images.resize == "crop" and images.long > SOME:
             yield f"{images.long:.0%} of the images are long, and their ends are cut off; --resize squish keeps them"
         if images.size == SIZE and images.large > SOME:
-            yield f"--size {2 * SIZE} shows the model finer details, and takes four times as long"
+            yield f"--size {2 * SIZE} shows finer details, which may help, and takes four times as long"
 
     def open_run(self, learn: Learner) -> Run:
         """Create and lock the folder of a new run, or check that a resumed run has the same images.
