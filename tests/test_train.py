@@ -47,7 +47,7 @@ def test_a_run_leaves_every_file(run):
     assert visible(folder) == FILES
     assert re.fullmatch(r"\d{8}-\d{6}-shapes-assignment", folder.name)
     lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
-    assert lines[-1].startswith("shapes: ") and folder.name in lines[-1]
+    assert " test images of shapes correct" in lines[-1] and folder.name in lines[-1]
     assert said.count("2 epochs and the LR finder will take about") == 1 and "█" not in said
     assert sum(bool(re.match(r"[12] +0\.\d+ ", line)) for line in lines) == 2
 
