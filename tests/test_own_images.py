@@ -472,7 +472,7 @@ def test_imbalance_is_told_of_the_images_after_the_hold_out(tmp_path, weighted, 
         ([(200, 400), (400, 200)], {}, ["100% of the images are long", "--size 64 shows"]),
     ],
 )
-def test_large_and_long_images_are_told(tmp_path, sizes, reading, said, capsys):
+def test_large_and_long_images_are_reported(tmp_path, sizes, reading, said, capsys):
     """In a new training, if they are more than a quarter of all images."""
     for label in ("a", "b"):
         (tmp_path / "images" / label).mkdir(parents=True)

@@ -21,8 +21,8 @@ from cifar10.files import replacing, write_json
 
 IN_MEMORY = 2**30  # bytes; larger sets of images stay on disk
 AT_ONCE = 2**27  # bytes to read or decode in one go
-LARGE = 4 * SIZE  # side in pixels of an image of which much is lost at the default size
-LONG = 1.5  # times the shorter side: of such an image, a third and more is cut off
+LARGE_SIDE = 4 * SIZE  # side in pixels of an image of which much is lost at the default size
+LONG_RATIO = 1.5  # times the shorter side: of such an image, a third and more is cut off
 DECODER = 5  # raise it when decode.py makes other pixels of a file, or when the state changes
 
 
@@ -139,8 +139,8 @@ def build(
         state = dict(
             fingerprint=key, sha256=digest(images, pixels), broken=broken, ranges=ranges, found=found,
             sizes=[min(sizes), max(sizes)] if sizes else [],
-            large=sum(min(size) >= LARGE for size in sizes) / max(1, len(sizes)),
-            long=sum(max(size) > LONG * min(size) for size in sizes) / max(1, len(sizes)),
+            large=sum(min(size) >= LARGE_SIDE for size in sizes) / max(1, len(sizes)),
+            long=sum(max(size) > LONG_RATIO * min(size) for size in sizes) / max(1, len(sizes)),
         )  # fmt: skip
     pixels.path = path
     write_json(path.with_suffix(".json"), state)

@@ -47,12 +47,16 @@ def wilson(correct: int, images: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def bin_numbers(confidence: Tensor) -> np.ndarray:
+    return (confidence * BINS).long().clamp_max(BINS - 1).numpy()
+
+
 def reliability(preds: Tensor, targs: Tensor) -> pd.DataFrame:
     """Mean `confidence`, `accuracy`, `correct` and number of `images` of each bin of confidence that has images."""
     confidence, decoded = preds.max(dim=1)
-    bins = (confidence * BINS).long().clamp_max(BINS - 1)
+    bins = bin_numbers(confidence)
     images = pd.DataFrame({"confidence": confidence.double(), "correct": decoded == targs, "images": 1})
-    table = images.groupby(bins.numpy()).agg({"confidence": "mean", "correct": "sum", "images": "sum"})
+    table = images.groupby(bins).agg({"confidence": "mean", "correct": "sum", "images": "sum"})
     return table.assign(accuracy=table.correct / table.images)
 
 
@@ -70,10 +74,11 @@ def calibration_error_by_chance(preds: Tensor, draws: int = 200) -> float:
 
     With few images it is large, because each bin has few of them.
     """
-    confidence = preds.amax(dim=1).double().numpy()
-    in_bin = np.eye(BINS)[(confidence * BINS).astype(int).clip(max=BINS - 1)]
-    correct = np.random.default_rng(0).random((draws, len(confidence))) < confidence
-    return float(np.quantile(np.abs((correct - confidence) @ in_bin).sum(axis=1) / len(confidence), 0.95))
+    confidence, rng = preds.amax(dim=1), np.random.default_rng(0)
+    bins, probability = bin_numbers(confidence), confidence.double().numpy()
+    drawn = ((rng.random(len(bins)) < probability) - probability for _ in range(draws))
+    errors = [np.abs(np.bincount(bins, differences)).sum() / len(bins) for differences in drawn]
+    return float(np.quantile(errors, 0.95))
 
 
 def log_probabilities(preds: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ PLOTS = {  # file → what draws it from the predictions (the others are drawn i
         None,
         "Training",
         "Loss and accuracy after each epoch, and the learning rate of each step. Only training images are augmented. If"
-        " they are classified much better than the others nevertheless, the model overfits; more images help most.",
+        " their accuracy is much higher than the valid one nevertheless, the model overfits; more images help most.",
     ),
     "confusion_matrix": (
         plots.plot_confusion,
@@ -126,7 +126,8 @@ def calibration(metrics: dict[str, Any], label_smoothing: float) -> str:
             " validation images. predict.py, app.py and export.py use it; the plots and the loss are without it."
         )
     if metrics["calibration_error"] <= metrics["calibration_error_by_chance"]:
-        return f"{said}; with {plural(metrics['images'], 'image')}, perfect probabilities can give as much by chance."
+        images = plural(metrics["images"], "image")
+        return f"{said}; with {images}, a perfectly calibrated model can have as much by chance."
     mean = metrics["mean_probability"]
     difference = metrics["accuracy"] - mean
     average = f"{mean:.1%} on average"

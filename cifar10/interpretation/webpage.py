@@ -28,7 +28,7 @@ FOOTER = (
     " takes {runtime:.1f} MB (MIT License). The code of network and page is under the"
     ' <a href="LICENSE.txt">Apache License 2.0</a>.'
 )
-MOST_NAMES = 50  # classes to list
+MAX_NAMES = 50  # classes to list
 VERSION = "1.30.0"  # of ONNX Runtime Web
 PACKAGE = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz"
 # File in the package's dist/ → SHA-256. No smaller ones suffice: a script, and WebAssembly for the CPU.
@@ -94,9 +94,9 @@ def source(element: str) -> str:
 
 def introduce(names: Sequence[str], metrics: Mapping[str, Any]) -> str:
     """What the model can tell apart, how well, and what it can't know, as HTML."""
-    listed = ", ".join(f"<bdi>{html.escape(name)}</bdi>" for name in names[:MOST_NAMES])
-    if len(names) > MOST_NAMES:
-        listed += f" and {len(names) - MOST_NAMES:,} more"
+    listed = ", ".join(f"<bdi>{html.escape(name)}</bdi>" for name in names[:MAX_NAMES])
+    if len(names) > MAX_NAMES:
+        listed += f" and {len(names) - MAX_NAMES:,} more"
     measured = ""
     if metrics:
         images = plural(metrics["images"], "image") if "images" in metrics else "images"  # which older runs don't count

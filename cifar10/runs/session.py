@@ -31,7 +31,7 @@ from cifar10.runs.checkpoint import SaveCheckpoint, last_checkpoint
 from cifar10.runs.run import PRETRAINED, Run, check_folder, find_run, places, weights_file
 from cifar10.training import StopAtNaN, StopAtSignal, TimeEstimate
 
-SOME = 0.25  # of the images are worth a hint
+MIN_SHARE_FOR_HINT = 0.25  # of images that another option would suit better
 WEIGHTS_HERE = "results/cifar10-best"  # seen from the clone
 FEW = 5_000  # training images, for which it is worth mentioning that training need not start from scratch
 
@@ -107,9 +107,9 @@ class Session:
         plain = (options.weights, options.width, options.norm, options.recipe) == (None, None, "batch", None)
         if plain and count < FEW and not images.defaults and Path(WEIGHTS_HERE).is_dir():
             yield f"{count:,} training images are few; --weights {WEIGHTS_HERE} is likely to be more accurate"
-        if images.resize == "crop" and images.long > SOME:
+        if images.resize == "crop" and images.long > MIN_SHARE_FOR_HINT:
             yield f"{images.long:.0%} of the images are long, and their ends are cut off; --resize squish keeps them"
-        if images.size == SIZE and images.large > SOME:
+        if images.size == SIZE and images.large > MIN_SHARE_FOR_HINT:
             yield f"--size {2 * SIZE} shows finer details, which may help, and takes four times as long"
 
     def open_run(self, learn: Learner) -> Run:

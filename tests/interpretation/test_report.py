@@ -129,7 +129,7 @@ def test_in_which_direction_probabilities_are_off(mean, smoothing, says):
 def test_probabilities_that_are_right_mixed_or_corrected():
     metrics = dict(accuracy=0.9, mean_probability=0.911, calibration_error=0.012, temperature=None)
     metrics |= dict(calibration_error_by_chance=0.012, images=500)
-    said = "is 1.2%; with 500 images, perfect probabilities can give as much by chance."
+    said = "is 1.2%; with 500 images, a perfectly calibrated model can have as much by chance."
     assert calibration(metrics, 0.1).endswith(said)
     mixed = metrics | dict(calibration_error=0.14, mean_probability=0.85)
     said = "is 14.0%: some probabilities are too low and some too high; they are 85.0% on average."
