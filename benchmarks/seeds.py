@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastai.vision.all import DataLoaders, set_seed
+from torch.nn.functional import nll_loss
 
 from benchmarks.steps import now
 from cifar10 import cli
@@ -16,6 +17,7 @@ from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
 from cifar10.files import write_json
 from cifar10.hardware import collect_env
+from cifar10.interpretation.metrics import fit_temperature, log_probabilities, with_temperature
 from cifar10.interpretation.predictions import Interpretation, tta_accuracy
 from cifar10.options import Options
 from cifar10.recipes import RECIPES, Recipe, choices
@@ -41,8 +43,14 @@ def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = 
         interp = Interpretation(learn)
         tta = tta_accuracy(interp, recipe.flip)
     learning_rates = dict(lr_min=chosen.lr_min, lr_max=chosen.lr_max)
-    accuracies = dict(accuracy=interp.accuracy, tta_accuracy=tta, loss=interp.losses.mean().item())
+    accuracies = dict(accuracy=interp.accuracy, tta_accuracy=tta, loss=interp.losses.mean().item(), nll=nll(interp))
     return accuracies | dict(epochs=recipe.epochs) | trained | learning_rates | dict(history=history)
+
+
+def nll(interp: Interpretation) -> float:
+    """The cross-entropy at the best temperature, which ranks recipes with less noise than accuracy does."""
+    preds = with_temperature(interp.preds, fit_temperature(interp.preds, interp.targs) or 1)
+    return nll_loss(log_probabilities(preds), interp.targs).item()
 
 
 def is_of(folder: Path, **about) -> bool:

@@ -120,16 +120,19 @@ def test_the_ablation(shapes, tmp_path):
     """From the command line: each variant is trained by its own recipe."""
     done = module("ablation", "faster", "--data", shapes, "--width", 2, "--out", tmp_path / "ablation.json")
     assert done.returncode == 0, done.stderr
-    assert "| no frozen layers | " in done.stdout
-    accuracies = json.loads((tmp_path / "ablation.json").read_text())["faster"]["accuracies"]
-    assert set(accuracies) == set(ablation.VARIANTS["faster"][1])
-    assert all(0 <= accuracy <= 1 for by_seed in accuracies.values() for accuracy in by_seed.values())
+    assert "| no whitening | 1 | " in done.stdout
+    found = json.loads((tmp_path / "ablation.json").read_text())["faster"]
+    assert set(found["runs"]) == set(ablation.VARIANTS["faster"][1])
+    for runs in found["runs"].values():
+        assert 0 <= runs["0"]["accuracy"] <= 1 and runs["0"]["nll"] > 0 and runs["0"]["pflop"] > 0
+    done = module("ablation", "faster", "--data", shapes, "--width", 4, "--out", tmp_path / "ablation.json")
+    assert done.returncode == 2 and "holds results of another faster, width or data" in done.stderr
 
 
 def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypatch):
-    """Until it is complete, the result of before stays."""
+    """What is there already stays, but not that of a variant whose fields have changed since."""
     out, trained = tmp_path / "ablation.json", []
-    variants = {"nothing": {}, "no frozen layers": dict(freeze=()), "momentum 0.9": dict(momentum=0.9)}
+    variants = {"nothing": {}, "no frozen layers": dict(freeze=()), "momentum": dict(momentum=0.9)}
     monkeypatch.setitem(ablation.VARIANTS, "faster", ({}, variants))
     monkeypatch.setattr(ablation, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(ablation, "as_completed", list)  # in order
@@ -138,33 +141,43 @@ def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypa
         trained.append(recipe)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return 0.5
+        return dict(accuracy=0.5, nll=1.0)
 
-    monkeypatch.setattr(ablation, "holdout_accuracy", train)
-    out.write_text('{"faster": "before", "best": "of another recipe"}')
+    monkeypatch.setattr(ablation, "train", train)
+    out.write_text('{"best": "of another recipe"}')
     with pytest.raises(KeyboardInterrupt):
         ablation.main("faster", data=str(shapes), width=2, out=str(out))
-    assert json.loads(out.read_text())["faster"] == "before"
     done = len(trained)
     ablation.main("faster", data=str(shapes), width=2, out=str(out))
     found = json.loads(out.read_text())
-    assert found["best"] == "of another recipe" and found["faster"]["accuracies"] == {t: {"0": 0.5} for t in variants}
+    assert found["best"] == "of another recipe" and {*found["faster"]["runs"]} == {*variants}
+    assert all(runs == {"0": dict(accuracy=0.5, nll=1.0)} for runs in found["faster"]["runs"].values())
     assert trained[0].momentum == 0.85 and len(trained) - done == 2 and trained[0] not in trained[done:]
-    assert not list(tmp_path.glob("*.part"))
+
+    done = len(trained)
+    monkeypatch.setitem(ablation.VARIANTS, "faster", ({}, {"nothing": {}, "momentum": dict(momentum=0.8)}))
+    ablation.main("faster", data=str(shapes), width=2, out=str(out))
+    assert [recipe.momentum for recipe in trained[done:]] == [0.8]
+    assert {*json.loads(out.read_text())["faster"]["runs"]} == {*variants}
 
 
 def test_the_table_of_the_ablation():
-    accuracies = {
-        "nothing": {"1": 0.81, "0": 0.8},
-        "SGD": {"0": 0.79, "1": 0.78},
-        "momentum 0.9": {"0": 0.81, "1": 0.82},
-        "not done": {"0": 0.5},
+    """Differences are paired, with their standard errors."""
+    runs = {
+        "nothing": {"1": dict(accuracy=0.81, nll=0.6), "0": dict(accuracy=0.8, nll=0.7)},
+        "SGD": {"0": dict(accuracy=0.79, nll=0.71), "1": dict(accuracy=0.78, nll=0.63)},
+        "one seed": {"0": dict(accuracy=0.81, nll=0.6)},
+        "not done": {},
     }
-    results = dict(epochs=5, width=16, seeds=2, command="python x", accuracies=accuracies)
+    results = dict(recipe=dict(epochs=5), width=16, command="python x", runs=runs)
     text = ablation.table("faster", results)
-    assert "`faster`, 5 epochs, width 16, 2 seeds: `python x`" in text and "not done" not in text
-    assert "| nothing | 80.50% |  |\n| SGD | 78.50% | -2.00 ± 1.41 |\n| momentum 0.9 | 81.50% | +1.00 ± 0.00 |" in text
-    assert ablation.table("faster", results | dict(accuracies={"nothing": {}})).endswith("---: |")
+    assert "`faster`, 5 epochs, width 16: `python x`" in text and "not done" not in text
+    assert "| nothing | 2 | 80.50 |  | 0.6500 |  |\n" in text
+    assert "| SGD | 2 | 78.50 | -2.00 ± 1.00 | 0.6700 | +0.0200 ± 0.0100 |\n" in text
+    assert text.endswith("| one seed | 1 | 81.00 | +1.00 | 0.6000 | -0.1000 |")
+    older = dict(runs={"nothing": {"0": dict(accuracy=0.5)}, "SGD": {"0": dict(accuracy=0.4)}})
+    assert ablation.table("faster", results | older).endswith("| SGD | 1 | 40.00 | -10.00 |")
+    assert ablation.table("faster", results | dict(runs={"nothing": {}})).endswith("---: |")
 
 
 # ---- GPU
