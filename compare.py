@@ -14,7 +14,7 @@ from cifar10 import cli
 class Options:
     """Compare finished runs: a table with mean and standard deviation over seeds, and the curves in one plot."""
 
-    runs: Annotated[list[str], {"nargs": "+", "type": str}, "folders of finished runs"]
+    runs: Annotated[list[str], {"nargs": "+", "type": str}, "folders of finished runs; one may be last"]
     out: Annotated[cli.OutputFile, "PNG file for the curves"] = "compare.png"
 
 
@@ -34,6 +34,7 @@ from cifar10.files import read_csv, save_figure
 from cifar10.interpretation import markdown_table, shorten_middle
 from cifar10.options import Options as TrainOptions
 from cifar10.recipes import ASSIGNMENT
+from cifar10.runs.run import find_run
 
 LOG = Path(__file__).parent / "results/notebook/log.csv"
 NOTEBOOK = "the assignment's notebook"
@@ -43,7 +44,7 @@ OWN = ("seed", "name", "runs_dir", "device", "resume", "data", "images", "timeou
 HEADER = ["runs", "data", "n", "epochs", "accuracy of the report", "with TTA", "PFLOP", "minutes, as run"]
 
 
-def load(folder: str) -> dict:
+def load(folder: str | Path) -> dict:
     """What a finished run says about itself. Raises `UserError` if it does not."""
     path = Path(folder)
     try:
@@ -115,7 +116,7 @@ def plot(drawn: list[tuple[str, pd.DataFrame]]):
 def main(**typed):
     """Print the table and draw the curves. `typed`: the options given on the command line, by name (see `Options`)."""
     options = Options(**typed)
-    loaded = [load(folder) for folder in dict.fromkeys(str(Path(folder)) for folder in options.runs)]
+    loaded = [load(folder) for folder in dict.fromkeys(map(find_run, options.runs))]
     print(table(loaded))
     plot(curves(loaded))
     save_figure(Path(options.out))

@@ -1,6 +1,7 @@
 """Runs side by side: which of them are one row, and what is drawn."""
 
 import json
+import os
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -68,6 +69,16 @@ def test_the_close_up_begins_where_the_first_run_comes_near_the_best_accuracy():
     assert [text.get_text() for text in plt.gcf().legends[0].get_texts()] == ["good: 95.00%", "$bad$: 47.50%"]
     assert not plt.gcf().legends[0].get_texts()[1].get_parse_math()
     plt.close()
+
+
+def test_the_latest_run_beside_another(tmp_path):
+    """Once, even if it is named as well."""
+    (tmp_path / "runs").mkdir()
+    for seed, name in enumerate(("older", "newer")):
+        finished(tmp_path / "runs" / name, 0.9, seed)
+    os.utime(tmp_path / "runs/older/config.json", (0, 0))
+    done = command("compare.py", "runs/older", "last", "runs/newer", cwd=tmp_path, drawn=False)
+    assert done.returncode == 0 and "| older, newer | digits | 2 | " in done.stdout, done
 
 
 def test_what_is_not_a_run_is_not_compared(tmp_path):
