@@ -109,7 +109,7 @@ def table(name: str, results: dict) -> str:
     rows, header, before = [], ["change", "seeds"], results["runs"][BASELINE]
     columns = [column for column in COLUMNS if any(column.metric in metrics for metrics in before.values())]
     for column in columns:
-        header += [column.title, "difference"]
+        header += [column.title, "difference in points" if column.scale == 100 else "difference"]
     for change, runs in results["runs"].items():
         if seeds := sorted({*runs} & {*before}, key=int):
             row = [change, len(seeds)]
