@@ -53,6 +53,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {
             BASELINE: {},
             "no whitening": dict(whiten=False),
+            "no whitening, prep not frozen": dict(whiten=False, freeze=(("layer1", 0.8),)),
             "no Dirac filters": dict(init="default"),
             "PyTorch's initialization": PLAIN,
             "scales of normalization trained": dict(train_norm_scales=True),
@@ -110,6 +111,7 @@ def table(name: str, results: dict) -> str:
     columns = [column for column in COLUMNS if any(column.metric in metrics for metrics in before.values())]
     for column in columns:
         header += [column.title, "difference in points" if column.scale == 100 else "difference"]
+    header += ["PFLOP"] * any("pflop" in metrics for metrics in before.values())
     for change, runs in results["runs"].items():
         if seeds := sorted({*runs} & {*before}, key=int):
             row = [change, len(seeds)]
@@ -117,9 +119,27 @@ def table(name: str, results: dict) -> str:
                 ours, base = ([scale * found[seed][metric] for seed in seeds] for found in (runs, before))
                 compared = difference(ours, base, decimals) if change != BASELINE else ""
                 row += [f"{mean(ours):.{decimals}f}", compared]
-            rows.append(row)
+            rows.append([*row, *(f"{runs[seed]['pflop']:.4f}" for seed in seeds[:1] if "pflop" in runs[seed])])
     title = f"`{name}`, {results['recipe']['epochs']} epochs, width {results['width']}: `{results['command']}`"
     return f"{title}\n\n{markdown_table(header, rows, right=len(header) - 1)}"
+
+
+def with_runs(before: dict[str, Any] | None, about: dict[str, Any], variants: dict[str, Any]) -> dict[str, Any]:
+    """What each row changes, and its runs: those of before, unless its fields have changed since.
+
+    Raises `ValueError` with the name of what was different before.
+    """
+    about, variants = json.loads(json.dumps([about, variants]))  # lists in the place of tuples
+    before = before or about | dict(changes={}, runs={})
+    for name in ("recipe", "width", "data"):
+        same = before[name] == about[name]
+        if name == "recipe":  # which may have more fields by now, or fewer
+            same = all(before[name].get(field, value) == value for field, value in about[name].items())
+        if not same:
+            raise ValueError(name)
+    runs = {title: {} for title in variants} | before["runs"]
+    runs |= {title: {} for title, fields in variants.items() if before["changes"].get(title) != fields}
+    return dict(changes=before["changes"] | variants, runs=runs)
 
 
 def main(
@@ -134,18 +154,15 @@ def main(
     images = ImageTable.open(data)  # decoded here, before all processes need them
     train_images = len(images.split_rows("holdout")[0])
     base = RECIPES[recipe].adapted(train_images, **dict(images.defaults) | dict(validate="last") | changes)
-    results: dict[str, Any] = json.loads(Path(out).read_text("utf-8")) if out and Path(out).is_file() else {}
-    about = dict(recipe=asdict(base), width=width, sha256=images.hash)
-    about, changed = json.loads(json.dumps([about, variants]))  # lists in the place of tuples
-    before = results.get(recipe, about | dict(changes={}, runs={}))
-    # A recipe may have more fields by now, or fewer.
-    before_recipe = {name: before["recipe"].get(name, value) for name, value in about["recipe"].items()}
-    if {name: before[name] for name in about} | dict(recipe=before_recipe) != about:
-        raise UserError(f"{out} holds results of another {recipe}, width or data; choose another --out")
-    runs = {title: {} for title in variants} | before["runs"]
-    runs |= {title: {} for title, fields in changed.items() if before["changes"].get(title) != fields}
+    results = json.loads(Path(out).read_text("utf-8")) if out and Path(out).is_file() else {}
     command = f"python -m benchmarks.ablation {recipe} --data {data} --width {width} --seeds {seeds}"
-    found = about | dict(command=command) | collect_env() | dict(changes=before["changes"] | changed, runs=runs)
+    about = dict(recipe=asdict(base), width=width, data=dict(name=images.name, sha256=images.hash), command=command)
+    about |= collect_env()
+    try:
+        found = about | with_runs(results.get(recipe), about, variants)
+    except ValueError as reason:
+        raise UserError(f"{out} holds results that differ in {reason}; choose another --out") from None
+    runs = found["runs"]
     recipes = {
         title: replace(base, **fields | dict(batch_size=min(fields.get("batch_size", base.batch_size), train_images)))
         for title, fields in variants.items()

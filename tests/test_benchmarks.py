@@ -126,7 +126,9 @@ def test_the_ablation(shapes, tmp_path):
     for runs in found["runs"].values():
         assert 0 <= runs["0"]["accuracy"] <= 1 and runs["0"]["nll"] > 0 and runs["0"]["pflop"] > 0
     done = module("ablation", "faster", "--data", shapes, "--width", 4, "--out", tmp_path / "ablation.json")
-    assert done.returncode == 2 and "holds results of another faster, width or data" in done.stderr
+    assert (
+        done.returncode == 2 and "ablation.json holds results that differ in width; choose another --out" in done.stderr
+    )
 
 
 def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypatch):
@@ -171,10 +173,13 @@ def test_the_table_of_the_ablation():
     }
     results = dict(recipe=dict(epochs=5), width=16, command="python x", runs=runs)
     text = ablation.table("faster", results)
+    assert "PFLOP" not in text
     assert "`faster`, 5 epochs, width 16: `python x`" in text and "not done" not in text
     assert "| nothing | 2 | 80.50 |  | 0.6500 |  |\n" in text
     assert "| SGD | 2 | 78.50 | -2.00 ± 1.00 | 0.6700 | +0.0200 ± 0.0100 |\n" in text
     assert text.endswith("| one seed | 1 | 81.00 | +1.00 | 0.6000 | -0.1000 |")
+    counted = dict(runs={"nothing": {"0": dict(accuracy=0.5, pflop=0.1)}, "SGD": {"0": dict(accuracy=0.4, pflop=0.2)}})
+    assert ablation.table("faster", results | counted).endswith("| SGD | 1 | 40.00 | -10.00 | 0.2000 |")
     older = dict(runs={"nothing": {"0": dict(accuracy=0.5)}, "SGD": {"0": dict(accuracy=0.4)}})
     assert ablation.table("faster", results | older).endswith("| SGD | 1 | 40.00 | -10.00 |")
     assert ablation.table("faster", results | dict(runs={"nothing": {}})).endswith("---: |")
