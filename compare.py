@@ -34,7 +34,7 @@ from cifar10.files import read_csv, save_figure
 from cifar10.interpretation import markdown_table, shorten_middle
 from cifar10.options import Options as TrainOptions
 from cifar10.recipes import ASSIGNMENT
-from cifar10.runs.run import find_run
+from cifar10.runs import find_run
 
 LOG = Path(__file__).parent / "results/notebook/log.csv"
 NOTEBOOK = "the assignment's notebook"
