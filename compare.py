@@ -14,7 +14,7 @@ from cifar10 import cli
 class Options:
     """Compare finished runs: a table with mean and standard deviation over seeds, and the curves in one plot."""
 
-    runs: Annotated[list[str], {"nargs": "+", "type": str}, "folders of finished runs; one may be last"]
+    runs: Annotated[list[str], {"nargs": "+", "type": str}, "folders of finished runs, or last"]
     out: Annotated[cli.OutputFile, "PNG file for the curves"] = "compare.png"
 
 

@@ -105,41 +105,33 @@ def difference(values: list[float], before: list[float], decimals: int) -> str:
     return f"{mean(differences):+.{decimals}f}{error}"
 
 
-def table(name: str, results: dict) -> str:
+def table(results: dict[str, Any]) -> str:
     """Each variant's accuracy and NLL on the held-out images, and their distance from the recipe's, seed by seed."""
-    rows, header, before = [], ["change", "seeds"], results["runs"][BASELINE]
-    columns = [column for column in COLUMNS if any(column.metric in metrics for metrics in before.values())]
+    rows, header, recipe, base = [], ["change", "seeds"], results["recipe"], results["runs"][BASELINE]
+    every = [set(metrics) for runs in results["runs"].values() for metrics in runs.values()]
+    measured = set.intersection(*every) if every else set()
+    columns = [column for column in COLUMNS if column.metric in measured]
     for column in columns:
         header += [column.title, "difference in points" if column.scale == 100 else "difference"]
-    header += ["PFLOP"] * any("pflop" in metrics for metrics in before.values())
     for change, runs in results["runs"].items():
-        if seeds := sorted({*runs} & {*before}, key=int):
+        if seeds := sorted({*runs} & {*base}, key=int):
             row = [change, len(seeds)]
             for metric, _, scale, decimals in columns:
-                ours, base = ([scale * found[seed][metric] for seed in seeds] for found in (runs, before))
-                compared = difference(ours, base, decimals) if change != BASELINE else ""
+                ours, others = ([scale * found[seed][metric] for seed in seeds] for found in (runs, base))
+                compared = difference(ours, others, decimals) if change != BASELINE else ""
                 row += [f"{mean(ours):.{decimals}f}", compared]
-            rows.append([*row, *(f"{runs[seed]['pflop']:.4f}" for seed in seeds[:1] if "pflop" in runs[seed])])
-    title = f"`{name}`, {results['recipe']['epochs']} epochs, width {results['width']}: `{results['command']}`"
+            rows.append([*row, f"{runs[seeds[0]]['pflop']:.4f}"] if "pflop" in measured else row)
+    header += ["PFLOP"] * ("pflop" in measured)
+    title = f"`{recipe['name']}`, {recipe['epochs']} epochs, width {results['width']}: `{results['command']}`"
     return f"{title}\n\n{markdown_table(header, rows, right=len(header) - 1)}"
 
 
-def with_runs(before: dict[str, Any] | None, about: dict[str, Any], variants: dict[str, Any]) -> dict[str, Any]:
-    """What each row changes, and its runs: those of before, unless its fields have changed since.
-
-    Raises `ValueError` with the name of what was different before.
-    """
-    about, variants = json.loads(json.dumps([about, variants]))  # lists in the place of tuples
-    before = before or about | dict(changes={}, runs={})
-    for name in ("recipe", "width", "data"):
-        same = before[name] == about[name]
-        if name == "recipe":  # which may have more fields by now, or fewer
-            same = all(before[name].get(field, value) == value for field, value in about[name].items())
-        if not same:
-            raise ValueError(name)
-    runs = {title: {} for title in variants} | before["runs"]
-    runs |= {title: {} for title, fields in variants.items() if before["changes"].get(title) != fields}
-    return dict(changes=before["changes"] | variants, runs=runs)
+def is_same(before: dict[str, Any], recipe: Recipe, sha256: str) -> bool:
+    """Whether results are of this recipe and these images. A field that was added since has its default."""
+    try:
+        return Recipe.from_json(before["recipe"]) == recipe and before["data"]["sha256"] == sha256
+    except TypeError:  # a field that is gone
+        return False
 
 
 def main(
@@ -155,14 +147,16 @@ def main(
     train_images = len(images.split_rows("holdout")[0])
     base = RECIPES[recipe].adapted(train_images, **dict(images.defaults) | dict(validate="last") | changes)
     results = json.loads(Path(out).read_text("utf-8")) if out and Path(out).is_file() else {}
+    name, data_set = f"{recipe}-{width}", dict(name=images.name, sha256=images.hash)
+    before = results.get(name, dict(changes={}, runs={}))
+    if name in results and not is_same(before, base, images.hash):
+        raise UserError(f"{out} holds results of another {recipe}, or of other images; choose another --out")
+    fields = json.loads(json.dumps(variants))  # lists in the place of tuples
+    runs = {title: {} for title in variants} | before["runs"]
+    runs |= {title: {} for title in variants if before["changes"].get(title) != fields[title]}
     command = f"python -m benchmarks.ablation {recipe} --data {data} --width {width} --seeds {seeds}"
-    about = dict(recipe=asdict(base), width=width, data=dict(name=images.name, sha256=images.hash), command=command)
-    about |= collect_env()
-    try:
-        found = about | with_runs(results.get(recipe), about, variants)
-    except ValueError as reason:
-        raise UserError(f"{out} holds results that differ in {reason}; choose another --out") from None
-    runs = found["runs"]
+    found = dict(recipe=asdict(base), width=width, data=data_set, command=command) | collect_env()
+    found |= dict(changes=before["changes"] | fields, runs=runs)
     recipes = {
         title: replace(base, **fields | dict(batch_size=min(fields.get("batch_size", base.batch_size), train_images)))
         for title, fields in variants.items()
@@ -180,11 +174,11 @@ def main(
                 runs[title][seed] = training.result()
                 print(f"{done} of {len(trainings)}: {title}, seed {seed}, {runs[title][seed]['accuracy']:.2%}")
                 if out:
-                    write_json(Path(out), results | {recipe: found})
+                    write_json(Path(out), results | {name: found})
         except BaseException:
             pool.shutdown(cancel_futures=True)  # or the others would still be trained before the error is seen
             raise
-    print(table(recipe, found))
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def scale() -> str:
 
 def ablation() -> str:
     """What a recipe gains or loses with one thing changed."""
-    return "\n\n".join(ablations.table(name, results) for name, results in read_json("ablation.json").items())
+    return "\n\n".join(map(ablations.table, read_json("ablation.json").values()))
 
 
 def small() -> str:

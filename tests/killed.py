@@ -31,7 +31,7 @@ def kill_in(owner, name: str, rank: int, epoch: int):
 
 match os.environ["TORCHELASTIC_RESTART_COUNT"]:
     case "0":
-        kill_in(EpochRecorder, "after_train", 1, 0)  # an event that the summary before it does not have
+        kill_in(EpochRecorder, "after_train", 1, 0)  # fastai's summary calls after_batch, too
     case "1":
         kill_in(EpochRecorder, "after_validate", 0, 1)
     case "2":

@@ -6,7 +6,8 @@ import subprocess
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,14 +122,27 @@ def test_the_ablation(shapes, tmp_path):
     done = module("ablation", "faster", "--data", shapes, "--width", 2, "--out", tmp_path / "ablation.json")
     assert done.returncode == 0, done.stderr
     assert "| no whitening | 1 | " in done.stdout
-    found = json.loads((tmp_path / "ablation.json").read_text())["faster"]
+    found = json.loads((tmp_path / "ablation.json").read_text())["faster-2"]
     assert set(found["runs"]) == set(ablation.VARIANTS["faster"][1])
     for runs in found["runs"].values():
         assert 0 <= runs["0"]["accuracy"] <= 1 and runs["0"]["nll"] > 0 and runs["0"]["pflop"] > 0
-    done = module("ablation", "faster", "--data", shapes, "--width", 4, "--out", tmp_path / "ablation.json")
-    assert (
-        done.returncode == 2 and "ablation.json holds results that differ in width; choose another --out" in done.stderr
-    )
+    done = module("ablation", "faster", "--data", "digits", "--width", 2, "--out", tmp_path / "ablation.json")
+    assert done.returncode == 2 and "holds results of another faster, or of other images" in done.stderr
+
+
+def test_results_of_another_recipe_are_not_continued():
+    """A field that was added since has its default; with one that is gone, it is another recipe."""
+    base = RECIPES["faster"]
+    fields = json.loads(json.dumps(asdict(base)))
+    older = {name: value for name, value in fields.items() if name != "weighted"}
+    for recipe, same in (
+        (fields, True),
+        (older, True),
+        (older | dict(whiten=False), False),
+        (fields | dict(gone=1), False),
+    ):
+        assert ablation.is_same(dict(recipe=recipe, data=dict(sha256="x")), base, "x") == same
+    assert not ablation.is_same(dict(recipe=fields, data=dict(sha256="y")), base, "x")
 
 
 def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypatch):
@@ -146,21 +160,21 @@ def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypa
         return dict(accuracy=0.5, nll=1.0)
 
     monkeypatch.setattr(ablation, "train", train)
-    out.write_text('{"best": "of another recipe"}')
+    out.write_text('{"best-2": "of another recipe"}')
     with pytest.raises(KeyboardInterrupt):
         ablation.main("faster", data=str(shapes), width=2, out=str(out))
     done = len(trained)
     ablation.main("faster", data=str(shapes), width=2, out=str(out))
     found = json.loads(out.read_text())
-    assert found["best"] == "of another recipe" and {*found["faster"]["runs"]} == {*variants}
-    assert all(runs == {"0": dict(accuracy=0.5, nll=1.0)} for runs in found["faster"]["runs"].values())
+    assert found["best-2"] == "of another recipe" and {*found["faster-2"]["runs"]} == {*variants}
+    assert all(runs == {"0": dict(accuracy=0.5, nll=1.0)} for runs in found["faster-2"]["runs"].values())
     assert trained[0].momentum == 0.85 and len(trained) - done == 2 and trained[0] not in trained[done:]
 
     done = len(trained)
     monkeypatch.setitem(ablation.VARIANTS, "faster", ({}, {"nothing": {}, "momentum": dict(momentum=0.8)}))
     ablation.main("faster", data=str(shapes), width=2, out=str(out))
     assert [recipe.momentum for recipe in trained[done:]] == [0.8]
-    assert {*json.loads(out.read_text())["faster"]["runs"]} == {*variants}
+    assert {*json.loads(out.read_text())["faster-2"]["runs"]} == {*variants}
 
 
 def test_the_table_of_the_ablation():
@@ -171,18 +185,30 @@ def test_the_table_of_the_ablation():
         "one seed": {"0": dict(accuracy=0.81, nll=0.6)},
         "not done": {},
     }
-    results = dict(recipe=dict(epochs=5), width=16, command="python x", runs=runs)
-    text = ablation.table("faster", results)
+    results = dict(recipe=dict(name="faster", epochs=5), width=16, command="python x", runs=runs)
+    text = ablation.table(results)
     assert "PFLOP" not in text
     assert "`faster`, 5 epochs, width 16: `python x`" in text and "not done" not in text
     assert "| nothing | 2 | 80.50 |  | 0.6500 |  |\n" in text
     assert "| SGD | 2 | 78.50 | -2.00 ± 1.00 | 0.6700 | +0.0200 ± 0.0100 |\n" in text
     assert text.endswith("| one seed | 1 | 81.00 | +1.00 | 0.6000 | -0.1000 |")
     counted = dict(runs={"nothing": {"0": dict(accuracy=0.5, pflop=0.1)}, "SGD": {"0": dict(accuracy=0.4, pflop=0.2)}})
-    assert ablation.table("faster", results | counted).endswith("| SGD | 1 | 40.00 | -10.00 | 0.2000 |")
-    older = dict(runs={"nothing": {"0": dict(accuracy=0.5)}, "SGD": {"0": dict(accuracy=0.4)}})
-    assert ablation.table("faster", results | older).endswith("| SGD | 1 | 40.00 | -10.00 |")
-    assert ablation.table("faster", results | dict(runs={"nothing": {}})).endswith("---: |")
+    assert ablation.table(results | counted).endswith("| SGD | 1 | 40.00 | -10.00 | 0.2000 |")
+    # Runs of an older version, which measured less, continued by today's.
+    runs["SGD"]["2"] = runs["nothing"]["2"] = dict(accuracy=0.8)
+    assert "| SGD | 3 | 79.00 | -1.33 ± 0.88 |\n" in ablation.table(results)
+    assert ablation.table(results | dict(runs={"nothing": {}})).endswith("---: |")
+
+
+def test_the_nll_is_that_of_the_best_temperature():
+    """So it is the same if all logits are three times as large, and no other temperature gives a lower one."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(2000, 5, generator=generator)
+    targs = (logits / 2).softmax(dim=1).multinomial(1, generator=generator)[:, 0]
+    found = [seeds.nll(SimpleNamespace(preds=(scale * logits).softmax(dim=1), targs=targs)) for scale in (1, 3)]
+    others = [nn.functional.cross_entropy(logits / t, targs).item() for t in (0.5, 1, 1.5, 2, 2.5, 4)]
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert found[0] <= min(others) + 1e-5 and found[0] == pytest.approx(others[3], abs=1e-3)
 
 
 # ---- GPU
