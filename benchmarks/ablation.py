@@ -6,6 +6,7 @@ as there are cores, with one thread each, because a narrow model can't use more 
 """
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from fastcore.basics import num_cpus
 
+from benchmarks import candidates
 from benchmarks.seeds import train_once
 from cifar10 import cli
 from cifar10.cli import OutputFile
@@ -46,7 +48,8 @@ COLUMNS = (
     Column("nll", "NLL", 1, 4),
 )
 
-# Recipe → what is changed in all of its rows, because 24 epochs would take too long, and what in each: title → fields.
+# Recipe → what is changed in all of its rows, because 24 epochs would take too long, and what in each: title → fields,
+# and the `callbacks` of candidates.py.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "faster": (
         {},
@@ -57,6 +60,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "no Dirac filters": dict(init="default"),
             "PyTorch's initialization": PLAIN,
             "scales of normalization trained": dict(train_norm_scales=True),
+            "alternating flip": dict(callbacks=("AlternatingFlip",)),
+            "alternating flip, windows instead of resized images": dict(
+                callbacks=("AlternatingFlip", "Windows"), sizes=((32, 1.0),)
+            ),
+            "label smoothing 0.12": dict(label_smoothing=0.12),
+            "momentum 0.7, with learning rates to match": dict(
+                momentum=0.7, lr_max=1.0, lr_min=0.2, muon_lr_scale=0.12
+            ),
+            "16×16 until 10%": dict(sizes=((16, 0.1), (24, 0.35), (28, 0.5), (32, 1.0))),
+            "6 epochs, on smaller images": dict(
+                epochs=6, peak_epoch=1.2, sizes=((20, 0.25), (24, 0.5), (28, 0.7), (32, 1.0))
+            ),
+            "brightness and contrast changed in the end": dict(callbacks=("Jitter",)),
+            "exchanged 3×3 patches in the end": dict(callbacks=("Patches",)),
+            "no residual blocks until 15%": dict(callbacks=("Grow",)),
         },
     ),
     "assignment": (
@@ -91,9 +109,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 }
 
 
-def train(recipe: Recipe, data: str, width: int, seed: int) -> dict[str, Any]:
+def changed(base: Recipe, changes: dict[str, Any], train_images: int) -> Recipe:
+    """A row's recipe; its batches hold at most `train_images`."""
+    fields = {name: value for name, value in changes.items() if name != "callbacks"}
+    return replace(base, **fields | dict(batch_size=min(fields.get("batch_size", base.batch_size), train_images)))
+
+
+def train(recipe: Recipe, data: str, width: int, seed: int, callbacks: Sequence[str] = ()) -> dict[str, Any]:
     """What training by the recipe gives on the held-out images, and what it takes."""
-    metrics = train_once(get_dls(data, recipe, valid="holdout", device="cpu"), recipe, seed, width)
+    cbs = [getattr(candidates, name)(recipe) for name in callbacks]
+    metrics = train_once(get_dls(data, recipe, valid="holdout", device="cpu"), recipe, seed, width, cbs=cbs)
     names = [*(column.metric for column in COLUMNS), "pflop"]
     return {name: metrics[name] for name in names} | dict(commit=collect_env()["commit"])
 
@@ -157,15 +182,12 @@ def main(
     command = f"python -m benchmarks.ablation {recipe} --data {data} --width {width} --seeds {seeds}"
     found = dict(recipe=asdict(base), width=width, data=data_set, command=command) | collect_env()
     found |= dict(changes=before["changes"] | fields, runs=runs)
-    recipes = {
-        title: replace(base, **fields | dict(batch_size=min(fields.get("batch_size", base.batch_size), train_images)))
-        for title, fields in variants.items()
-    }
+    recipes = {title: changed(base, fields, train_images) for title, fields in variants.items()}
     with ProcessPoolExecutor(num_cpus(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         trainings = {
-            pool.submit(train, changed, data, width, seed): (title, str(seed))
+            pool.submit(train, recipes[title], data, width, seed, fields.get("callbacks", ())): (title, str(seed))
             for seed in range(seeds)
-            for title, changed in recipes.items()
+            for title, fields in variants.items()
             if str(seed) not in runs[title]
         }
         try:

@@ -26,7 +26,8 @@ from compare import spread
 from train import choose_lrs, fit, get_dls, get_learner
 
 
-def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = None, weights=None) -> dict[str, Any]:
+def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = None, weights=None,
+               cbs=()) -> dict[str, Any]:  # fmt: skip
     """The metrics of a training run by a recipe: with the LR finder, if it has one, and validation. Needs no folder."""
     begin = now(dls.device)
     set_seed(seed, reproducible=True)
@@ -36,7 +37,7 @@ def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = 
         if weights:
             fit_head(learn)
         chosen = choose_lrs(learn, recipe)
-        fit(learn, chosen, [StopAtNaN()])
+        fit(learn, chosen, [StopAtNaN(), *cbs])
         seconds, recorder = now(dls.device) - begin, learn.recorder
         trained = dict(seconds=seconds, seconds_training=recorder.train_seconds, pflop=recorder.flop / 1e15)
         history = [[*row, *extra] for row, extra in zip(recorder.values, recorder.extra, strict=True)]
