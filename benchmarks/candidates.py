@@ -66,7 +66,7 @@ class Jitter(Callback):
         if self.pct_train >= 0.7:
             contrast, brightness = (2 * torch.rand(2, len(self.x), 1, 1, 1) - 1) * self.strength
             means = self.x.mean(dim=(1, 2, 3), keepdim=True)
-            self.learn.xb = ((self.x - means) * (1 + contrast) + means + 4 * brightness,)  # a quarter is one std
+            self.learn.xb = ((self.x - means) * (1 + contrast) + means + 4 * brightness,)  # a std is about ¼
 
 
 class Patches(Callback):
@@ -80,7 +80,7 @@ class Patches(Callback):
     def before_batch(self):
         if self.pct_train >= 2 / 3 and torch.rand(()) < 0.25:
             height, width = self.x.shape[-2:]
-            top, left = torch.randint(height - self.side, ()), torch.randint(width - self.side, ())
+            top, left = torch.randint(height - self.side + 1, ()), torch.randint(width - self.side + 1, ())
             rows, cols = slice(top, top + self.side), slice(left, left + self.side)
             x = self.x.clone()
             x[..., rows, cols] = x[torch.randperm(len(x))][..., rows, cols]

@@ -126,6 +126,9 @@ def test_the_ablation(shapes, tmp_path):
     assert set(found["runs"]) == set(ablation.VARIANTS["faster"][1])
     for runs in found["runs"].values():
         assert 0 <= runs["0"]["accuracy"] <= 1 and runs["0"]["nll"] > 0 and runs["0"]["pflop"] > 0
+    windows, grown = "alternating flip, windows instead of resized images", "no residual blocks until 15%"
+    pflop = {title: runs["0"]["pflop"] for title, runs in found["runs"].items()}
+    assert pflop[windows] == pflop[ablation.BASELINE] > pflop[grown]
     done = module("ablation", "faster", "--data", "digits", "--width", 2, "--out", tmp_path / "ablation.json")
     assert done.returncode == 2 and "holds results of another faster, or of other images" in done.stderr
 
