@@ -12,7 +12,7 @@ class Options:
 
     run: Annotated[str, "folder of a finished run, or last"]
     data: Annotated[str | None, "other labeled images, or where the run's own are (default: where they were)"] = None
-    split: Annotated[str | None, "train, valid, test or all (default: the run's; for other images, the last)"] = None
+    split: Annotated[str | None, "train, valid, test or all (default: the run's; for other images, the last one)"] = None
     out: Annotated[str | None, "folder for the report (default: the run's, or one in it for other images)"] = None
     skip_broken: Annotated[bool, "leave out images that can't be read"] = False
     image_column: Annotated[str | None, "of a table: the column of paths or ids (default: the run's)"] = None

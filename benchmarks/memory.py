@@ -78,7 +78,7 @@ def main(
         with subprocess.Popen([*map(str, words)], env=os.environ | {"FASTAI_HOME": temporary}) as training:
             shared = dict(processes=processes, proportional_gib=watch(training)) if processes > 1 else {}
         if training.returncode:
-            raise UserError("the training failed, see above")
+            raise UserError("the training run failed, see above")
         seconds = time.perf_counter() - begin
     command = f"python -m benchmarks.memory --images {images} --size {size} --width {width}"
     results = dict(

@@ -94,7 +94,7 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     except RuntimeError as reason:
         if not is_lost(reason):
             raise
-        raise UserError(f"stopped by {LOST}; start the training again") from None
+        raise UserError(f"stopped by {LOST}; start the run again") from None
 
 
 def is_lost(reason: RuntimeError) -> bool:

@@ -184,8 +184,8 @@ BEST = replace(
     cutout=12, muon_lr_scale=0.286,
 )  # fmt: skip
 
-# From the weights of another run. The last layer is fitted first; short training with the statistics of batch
-# normalization as they are keeps what the other layers know.
+# From the weights of another run. The last layer is fitted first; small steps, with the statistics of batch
+# normalization as they are, keep what the other layers know.
 FINETUNE = replace(
     ASSIGNMENT, name="finetune", epochs=24, peak_epoch=6, lr_max=0.02, annihilate=True, train_norm_stats=False,
     cutout=4, muon_lr_scale=0.2,

@@ -105,7 +105,7 @@ class ImageClassifier:
     def predict(self, images: Sequence | Any, tta: bool = False) -> Tensor:
         """Probabilities `(N, classes)` of images: paths, PIL images, arrays or tensors, see `decode_image`; or of one.
 
-        `tta` averages six views, see `TTA`. Raises `UserError` for what is not an image.
+        `tta` is test-time augmentation, see `TTA`. Raises `UserError` for what is not an image.
         """
         single = isinstance(images, (str, Path)) or getattr(images, "ndim", 4) < 4 or not isinstance(images, Iterable)
         decoded = [self.decode(image) for image in ([images] if single else images)]

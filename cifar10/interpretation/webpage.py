@@ -25,7 +25,7 @@ POLICY = (
 )
 FOOTER = (
     "The network has {parameters:,} parameters and takes {model:.1f} MB; ONNX Runtime Web {version}, which computes it,"
-    " takes {runtime:.1f} MB (MIT License). The code of network and page is under the"
+    " takes {runtime:.1f} MB (MIT License). The code of the network and of this page is under the"
     ' <a href="LICENSE.txt">Apache License 2.0</a>.'
 )
 MAX_NAMES = 50  # classes to list
@@ -101,7 +101,7 @@ def introduce(names: Sequence[str], metrics: Mapping[str, Any]) -> str:
     if metrics:
         images = plural(metrics["images"], "image") if "images" in metrics else "images"  # which older runs don't count
         measured = f" Tested on {images} that it was not trained on, it was right for {metrics['accuracy']:.1%}."
-    return f"The model knows these classes: {listed}. It answers with one of them, whatever the image shows.{measured}"
+    return f"The model knows these classes: {listed}. It always chooses one of them, whatever the image shows.{measured}"
 
 
 def write_page(folder: Path, classifier: ImageClassifier, model: bytes, examples: Sequence[Path],
