@@ -26,6 +26,7 @@ class Options:
 if __name__ == "__main__":
     typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -34,11 +35,11 @@ import pandas as pd
 import torch
 from fastcore.basics import chunked
 
-from cifar10.data import images_at_once, list_images
+from cifar10.data import images_at_once, kinds, list_images
 from cifar10.errors import UserError
 from cifar10.files import save_figure, write_csv, write_json
 from cifar10.interpretation import ImageClassifier, plot_image_grad_cam
-from cifar10.text import printable
+from cifar10.text import plural, printable
 from model import ResNet
 
 
@@ -53,6 +54,7 @@ class Classifier(ImageClassifier):
 def find_files(images: list[str]) -> list[Path]:
     """The files that `images` names, in order: those in a folder sorted by path, for `-` those that stdin lists."""
     files: list[Path] = []
+    ignored = Counter[str]()
     for name in images:
         if name == "-":
             sys.stdin.reconfigure(errors="surrogateescape")
@@ -61,12 +63,14 @@ def find_files(images: list[str]) -> list[Path]:
                 raise UserError("the standard input holds no list of files, a name in each line; name the image itself")
             files += [Path(line) for line in listed.splitlines() if line]
         elif Path(name).is_dir():
-            found = list(list_images(Path(name), Counter()))
+            found = list(list_images(Path(name), ignored))
             if not found:
                 raise UserError(f"{name} holds no images")
             files += found
         else:
             files.append(Path(name))
+    if ignored.total():
+        print(f"{plural(ignored.total(), 'file')} ignored: {kinds(ignored)}", file=sys.stderr)
     return files
 
 
@@ -78,8 +82,8 @@ def main(**typed):
     files = find_files(options.images)
     if not files:
         raise UserError("no images were named; give files, folders, or a list on the standard input")
-    if options.gradcam and Path(options.gradcam).is_file():
-        raise UserError(f"{options.gradcam} is a file; give a folder for the plots")
+    if options.gradcam:
+        make_folder(Path(options.gradcam))
     names, probabilities, failed = [], [torch.empty(0, len(classifier.classes))], 0
     for some in chunked(files, images_at_once(classifier.size)):
         preds, good, broken = classifier.predict_files(some, options.tta)
@@ -104,7 +108,8 @@ def main(**typed):
     if options.csv:
         write_csv(Path(options.csv), list(table), table.values)
     if options.json or options.csv:
-        print(f"{len(names):,} images classified; see {' and '.join(filter(None, (options.csv, options.json)))}")
+        written = " and ".join(filter(None, (options.csv, options.json)))  # one may be the standard output
+        print(f"{len(names):,} images classified; see {written}", file=sys.stderr)
     elif names:
         texts = table.select_dtypes(exclude="number")
         aligned = {name: f"{{:<{texts[name].str.len().max()}}}".format for name in texts}  # left
@@ -115,11 +120,20 @@ def main(**typed):
         cli.fail(f"{failed:,} of {len(files):,} images can't be used", 1)
 
 
+def make_folder(folder: Path):
+    """Make the folder of the plots, if it is not there. Raises `UserError` if it can't be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise UserError(f"{folder} can't be made ({reason.strerror}); give another folder for the plots") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} can't be written to; give another folder for the plots")
+
+
 def write_grad_cam(classifier: Classifier, file: Path, probabilities: torch.Tensor, folder: Path):
     """Write a Grad-CAM of an image into the folder, under the image's name."""
     pixels = torch.from_numpy(classifier.decode(file))
     plot_image_grad_cam(classifier, pixels, probabilities, printable(file.name))
-    folder.mkdir(parents=True, exist_ok=True)
     target, number = folder / f"{file.stem}.png", 1
     while target.exists():  # of another image with the same name
         target, number = folder / f"{file.stem}-{number}.png", number + 1

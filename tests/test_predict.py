@@ -71,15 +71,24 @@ def test_the_accuracy_of_the_run(run, photos, tmp_path):
         "predict.py", run, photos / "test", "--csv", tmp_path / "t.csv", "--json", tmp_path / "t.json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"16 images classified; see {tmp_path / 't.csv'} and {tmp_path / 't.json'}\n"
+    assert done.stderr == f"16 images classified; see {tmp_path / 't.csv'} and {tmp_path / 't.json'}\n"
+    assert not done.stdout
     rows, metrics = table_of(tmp_path / "t.csv"), json.loads((run / "metrics.json").read_text())
     correct = [row["class 1"] == row["image"].split("/")[-2] for row in rows]
     assert len(rows) == 16 and sum(correct) / 16 == metrics["accuracy"]
     found = json.loads((tmp_path / "t.json").read_text())
-    assert found["temperature"] == 1 and not done.stderr  # no images to fit it on
+    assert found["temperature"] == 1  # no images to fit it on
     probabilities = found["probabilities"]
     assert {*probabilities} == {row["image"] for row in rows}
     assert all(sum(p.values()) == pytest.approx(1, abs=1e-5) for p in probabilities.values())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="needs /dev/stdout")
+def test_a_table_on_the_standard_output_is_nothing_but_a_table(run, photos, tmp_path):
+    words = [warm_python(), ROOT / "predict.py", run, photos / "test", "--csv", "/dev/stdout"]
+    with (tmp_path / "t.csv").open("w") as out:
+        done = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, text=True, env=os.environ)
+    assert done.returncode == 0 and len(table_of(tmp_path / "t.csv")) == 16, done.stderr
 
 
 def test_a_table_on_the_terminal(run, photos, tmp_path):
@@ -116,14 +125,18 @@ def test_a_table_that_can_not_be_written(run, photos, tmp_path, option, target, 
 
 
 def test_a_broken_file_is_named_and_the_rest_is_done(run, photos, tmp_path):
+    """So are files in a folder that are no images, and photos in a format that can't be read."""
     folder = tmp_path / "new"
     shutil.copytree(photos / "test/ring", folder / "deep/er")
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "deep/notes.txt"):
+        (folder / name).write_text("no image")
     (folder / "broken.png").write_text("not an image")
     done = command("predict.py", run, folder, tmp_path / "missing.jpg", cwd=tmp_path)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 9
     said = done.stderr.splitlines()
-    assert len(said) == 3 and "broken.png can't be used as an image" in said[0] and "missing.jpg" in said[1]
-    assert said[2] == "2 of 10 images can't be used"
+    assert len(said) == 4 and said[0] == "3 files ignored: 2 .heic, 1 .txt"
+    assert "broken.png can't be used as an image" in said[1] and "missing.jpg" in said[2]
+    assert said[3] == "2 of 10 images can't be used"
 
 
 def test_grad_cam_of_each_image(run, photos, tmp_path):
@@ -141,7 +154,9 @@ def test_grad_cam_of_each_image(run, photos, tmp_path):
         (("RUN", "x.png", "--topk", 0), "topk is 0; it must be at least 1"),
         (("RUN", "empty"), "empty holds no images"),
         (("RUN",), "the following arguments are required: images"),
-        (("RUN", "x.png", "--gradcam", "damaged.safetensors"), "damaged.safetensors is a file; give a folder"),
+        (("RUN", "x.png", "--gradcam", "damaged.safetensors"), "damaged.safetensors can't be made (File exists); give"),
+        (("RUN", "x.png", "--gradcam", "damaged.safetensors/deep"), "can't be made (Not a directory); give another"),
+        (("RUN", ""), "images is empty; give a value, or leave it out"),
         (("unfinished", "x.png"), "unfinished holds no model.safetensors; finish the run, or copy its weights there"),
         (("damaged.safetensors", "x.png"), "is damaged or not a safetensors file"),
     ],

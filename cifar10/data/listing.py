@@ -73,6 +73,8 @@ def list_folder(folder: Path, reading: Reading | None = None) -> Listing:
         listing = (list_splits if "train" in splits else list_flat)(folder, splits, skip)
     except OSError as reason:
         raise UserError(f"{reason.filename} can't be read ({reason.strerror}); repair or remove it") from None
+    places = [folder, *(path for paths in splits.values() for path in paths)]
+    listing.notes += find_unknown(skip, (path.name for place in places for path in list_folders(pass_through(place))))
     nested = [image for image in listing.images if normalize("NFC", image.file.parent.name) != image.label]
     if nested:
         note = f"{plural(len(nested), 'image')} in folders within a class, counted as part of it"
@@ -128,6 +130,12 @@ def list_flat(folder: Path, splits: dict[str, list[Path]], skip: set[str]) -> Li
     return Listing(folder, {"train": classes}, ignored, flat=True)
 
 
+def find_unknown(skip: set[str], names: Iterable[str]) -> Iterator[str]:
+    """A note about classes to skip that are not among the `names`, perhaps because they are misspelled."""
+    if unknown := skip - {normalize("NFC", name) for name in names}:
+        yield f"there is no class {' or '.join(map(repr, sorted(unknown)))} to skip"
+
+
 def find_twins(classes: dict[str, list[Path]]) -> Iterator[str]:
     """Notes about images that may be masks, or other versions of the same images."""
     versions, named_alike = defaultdict(list), defaultdict(list)
@@ -144,6 +152,7 @@ def find_twins(classes: dict[str, list[Path]]) -> Iterator[str]:
 
 
 def kinds(ignored: Counter) -> str:
+    """What files were ignored: `2 .heic, 1 hidden`."""
     return ", ".join(f"{count} {kind}" for kind, count in ignored.most_common() if count)
 
 
