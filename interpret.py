@@ -12,7 +12,7 @@ class Options:
 
     run: Annotated[str, "folder of a finished run, or last"]
     data: Annotated[str | None, "other labeled images, or where the run's own are (default: where they were)"] = None
-    split: Annotated[str | None, "train, valid, test or all (default: the run's; for other images, the last one)"] = None
+    split: Annotated[str | None, "train, valid, test or all (default: the run's; for other images the last)"] = None
     out: Annotated[str | None, "folder for the report (default: the run's, or one in it for other images)"] = None
     skip_broken: Annotated[bool, "leave out images that can't be read"] = False
     image_column: Annotated[str | None, "of a table: the column of paths or ids (default: the run's)"] = None
@@ -27,6 +27,7 @@ class Options:
 if __name__ == "__main__":
     typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from cifar10.data import ImageTable, Reading, build_dls, eval_split_name
 from cifar10.errors import UserError
 from cifar10.files import write_json
 from cifar10.interpretation import write_report
-from cifar10.runs import Run
+from cifar10.runs import Run, home_relative
 from cifar10.training import build_learner
 from model import ResNet
 
@@ -65,16 +66,18 @@ def main(**typed):
     if own:
         default, split = finished.path, eval_split_name(table, valid)
     else:
-        if table.ranges and table.ranges != finished.ranges:
+        if any(limits != finished.ranges.get(kind, limits) for kind, limits in table.ranges.items()):
             table = ImageTable.open(data, reading, fixed_ranges=finished.ranges)  # as the model knows them
         split = options.split or ("all" if table.flat else table.split_names[-1])
-        default = finished.path / f"{table.name}-{split}"
+        default = free_folder(finished.path / f"{table.name}-{split}", data=home_relative(table.data))
         settings |= dict(only=split, classes=finished.classes)
     folder = Path(options.out or default)
     if folder.resolve() == finished.path.resolve():
         if not own:
             raise UserError(f"{folder} is the run's own folder; choose another --out")
         folder = finished.path
+    elif (folder / "config.json").exists():
+        raise UserError(f"{folder} is the folder of another run; choose another --out")
     dls = build_dls(table, **settings)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
     learn = build_learner(dls, model, recipe, "fp32" if finished.options.precision == "fp32" else "auto")
@@ -83,9 +86,17 @@ def main(**typed):
     folder.mkdir(parents=True, exist_ok=True)
     metrics = write_report(learn, finished, folder, split, temperature, options.tta)
     if folder != finished.path:
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "metrics.json", metrics | dict(data=home_relative(table.data)))
     elif options.tta:
         finished.write_metrics(tta_accuracy=metrics["tta_accuracy"])
+
+
+def free_folder(folder: Path, data: str) -> Path:
+    """`folder`, or one with a number if it holds the report on other images than those of the path `data`."""
+    name, number = folder.name, 1
+    while (file := folder / "metrics.json").is_file() and json.loads(file.read_text("utf-8")).get("data", data) != data:
+        folder, number = folder.with_name(f"{name}-{number}"), number + 1
+    return folder
 
 
 if __name__ == "__main__":

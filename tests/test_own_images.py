@@ -236,7 +236,9 @@ def test_a_table_with_splits(flat, tmp_path):
             [("image", "label"), ("a.png", "x"), ("b.png", "y")],
             "none of the images that .*labels.csv names in the column image is in .*; pass the folder",
         ),
-        ([("image", "label", "split"), ("a.png", "x", "test")], "holds no images in train"),
+        ([("image", "label", "split"), ("a.png", "x", "test")], "images of one class only, x"),
+        ([("label",), ("x",), ("y",)], "has the columns label; say which one names existing images"),
+        ([("category",), ("x",), ("y",)], "has the columns category; say which one names existing images"),
         ([], "can't be read as a table"),
     ],
 )
@@ -406,6 +408,7 @@ def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     assert done.returncode == 2 and "is the run's own folder; choose another --out" in done.stderr
     done = command("interpret.py", "runs/run", "--out", tmp_path / "runs/run", cwd=tmp_path, drawn=False)
     assert done.returncode == 0 and json.loads((tmp_path / "runs/run/metrics.json").read_text()).keys() == run.keys()
+    assert other.pop("data") == str(flat)  # to know its report again
     assert {key: run[key] for key in other} == other and (tmp_path / "elsewhere/report.html").is_file()
     (flat / "ring/broken.png").write_text("no image")
     done = command("interpret.py", "runs/run", "--data", flat, "--skip_broken", cwd=tmp_path, drawn=False)
@@ -413,6 +416,25 @@ def test_the_report_of_a_run_in_another_folder(flat, tmp_path):
     Image.new("RGB", (32, 32), "red").save(flat / "ring/more.png")
     done = command("interpret.py", "runs/run", "--out", "third", "--skip_broken", cwd=tmp_path)
     assert done.returncode == 2 and "are not those of runs/run; give --data another path" in done.stderr
+
+
+@pytest.mark.slow
+def test_each_data_set_has_a_report_of_its_own(flat, tmp_path):
+    """Also if their folders have the same name; the same images again take the place of their own report."""
+    short = ("--epochs", 1, "--batch_size", 8, "--width", 4, "--lr_max", 0.1, "--name", "run")
+    assert command("train.py", "--data", flat, *short, cwd=tmp_path, drawn=False).returncode == 0
+    for place, count in (("a", 4), ("b", 6)):
+        make_images(tmp_path / place / "photos", train=count, test=0)
+        (tmp_path / place / "photos/train").rename(tmp_path / place / "photos/all")
+        shutil.rmtree(tmp_path / place / "photos/test")
+    for place in ("a", "b", "a", "b"):
+        done = command("interpret.py", "runs/run", "--data", f"{place}/photos/all", cwd=tmp_path, drawn=False)
+        assert done.returncode == 0, done.stderr
+    reports = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/run/*/metrics.json")}
+    assert {name: report["images"] for name, report in reports.items()} == {"all-all": 8, "all-all-1": 12}
+    shutil.copytree(tmp_path / "runs/run", tmp_path / "runs/other")
+    done = command("interpret.py", "runs/run", "--data", "a/photos/all", "--out", "runs/other", cwd=tmp_path)
+    assert done.returncode == 2 and "runs/other is the folder of another run; choose another --out" in done.stderr
 
 
 def test_classes_are_drawn_equally_often(tmp_path):

@@ -23,7 +23,7 @@ IN_MEMORY = 2**30  # bytes; larger sets of images stay on disk
 AT_ONCE = 2**27  # bytes to read or decode in one go
 LARGE_SIDE = 4 * SIZE  # side in pixels of an image of which much is lost at the default size
 LONG_RATIO = 1.5  # times the shorter side: of such an image, a third and more is cut off
-DECODER = 5  # raise it when decode.py makes other pixels of a file, or when the state changes
+DECODER = 6  # raise it when decode.py makes other pixels of a file, or when the state changes
 
 
 class PixelFile:

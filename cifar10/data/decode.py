@@ -28,12 +28,21 @@ Image.init()
 FORMATS = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS"}
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
+
+def pad(image: Image.Image, size: tuple[int, int], method: int) -> Image.Image:
+    """`ImageOps.pad`, but of a very long image a line stays, where Pillow would round it to nothing."""
+    longest, shortest = max(image.size), min(image.size)
+    if round(shortest / longest * size[0]) == 0:
+        image = image.resize((size[0], 1) if image.width == longest else (1, size[1]), method)
+    return ImageOps.pad(image, size, method)
+
+
 # How an image becomes square, by the names of fastai's ResizeMethod: the central square, the whole image out of
 # proportion, or the whole image between black bars.
 RESIZE: dict[str, Callable[..., Image.Image]] = {
     "crop": ImageOps.fit,
     "squish": Image.Image.resize,
-    "pad": ImageOps.pad,
+    "pad": pad,
 }
 
 # "integer" or "float" → the values that become 0 and 255. Only images with more than 8 bits per value need it.
@@ -127,7 +136,9 @@ def read_image(item) -> Image.Image | np.ndarray:
 def read_file(item) -> Image.Image | np.ndarray:
     """`read_image` for an image that is not an array."""
     image = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
-    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # Pillow keeps 8 of a color's 16 bits
+    modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    # Pillow keeps 8 of a color's 16 bits. "BGR;16" is another thing: 16 bits for three colors together.
+    deep = any(";16" in mode and "BGR;16" not in mode for mode in modes)
     if deep and image.format == "PNG":
         return read_16_bit_png(image)
     tags = getattr(image, "tag_v2", {})  # only TIFF files have them

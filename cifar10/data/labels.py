@@ -17,7 +17,7 @@ import pandas as pd
 
 from cifar10.data.decode import IMAGE_SUFFIXES
 from cifar10.data.folders import SPLITS, list_folders, split_of
-from cifar10.data.listing import Listing, check_classes
+from cifar10.data.listing import Listing, check_classes, find_unknown
 from cifar10.data.reading import Reading
 from cifar10.errors import UserError
 from cifar10.text import enumerate_names, printable
@@ -39,7 +39,9 @@ def list_table(table: Path, reading: Reading) -> Listing:
     find = finder()
     rows = read_rows(table)
     folders = [Path(reading.images).expanduser()] if reading.images else [table.parent, *list_folders(table.parent)]
-    if any(is_image(find, folder / cell) for folder in folders for cell in rows.iloc[0]):  # there is no header
+    first = rows.iloc[0]
+    named = {"image", *LABELS, "split"} & set(first.str.casefold())  # an image of such a name is another one
+    if not named and any(is_image(find, folder / cell) for folder in folders for cell in first):  # there is no header
         rows.columns = pd.Index([str(number + 1) for number in range(rows.shape[1])])
     else:
         rows.columns = pd.Index([name or str(number) for number, name in enumerate(rows.iloc[0], start=1)])
@@ -47,7 +49,7 @@ def list_table(table: Path, reading: Reading) -> Listing:
     if not rows.columns.is_unique:
         raise UserError(f"{table} has the columns {enumerate_names(rows)}; give each another name")
     folder, image, label, split = choose_columns(table, rows, reading, folders, find)
-    skipped = rows[label].isin(reading.skipped)
+    labels, skipped = {*rows[label]}, rows[label].isin(reading.skipped)
     rows = rows[~skipped]
     found = rows[image].map(lambda cell: find(folder / cell))
     files = pd.Series([same[0] if same else folder / cell for same, cell in zip(found, rows[image])], rows.index)
@@ -63,6 +65,10 @@ def list_table(table: Path, reading: Reading) -> Listing:
             line, *others = rows.index[wrong]
             where = f"{table}, line {line}" + (f" and {len(others):,} more" if others else "")
             raise UserError(f"{where}: {column} is {rows[column][line]!r}; {why}")
+    notes = [*find_unknown(reading.skipped, labels)]
+    if split and splits.nunique() == 1 and splits.iloc[0] != "train":  # a table of test images, for example
+        notes.append(f"all images are in the split {splits.iloc[0]}, so they count as not split")
+        split, splits = None, pd.Series("train", rows.index)
     classes: dict[str, dict[str, list[Path]]] = {name: {} for name in SPLITS if name == "train" or name in {*splits}}
     for (name, same), group in files.groupby([splits, rows[label]]):
         classes[name][same] = list(group)
@@ -72,6 +78,7 @@ def list_table(table: Path, reading: Reading) -> Listing:
         what = f"none of the images that {table} names in the column {image} is in {folder}"
         raise UserError(f"{what}; pass the folder that holds them with --images")
     listing = Listing(table, classes, ignored, flat=not split)
+    listing.notes += notes
     if (folder, image, label) != (table.parent, "image", "label"):
         where = f" in {printable(folder.name)}/" * (folder != table.parent)
         splits_too = f", splits: column {printable(split)}" if split else ""
@@ -164,7 +171,7 @@ def choose_columns(
     named_split = reading.split_column or usual.get("split")
 
     def fail(why: str) -> NoReturn:
-        first = image or next(name for name in rows if name != label)
+        first = image or next((name for name in rows if name != label), "COLUMN")
         others = [name for name in rows if name != first]
         repeated = [name for name in others if 1 < rows[name].nunique() < len(rows)]  # as classes are
         guess = label or ["COLUMN", *others, *repeated][-1]

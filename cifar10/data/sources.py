@@ -19,13 +19,14 @@ import fastai.data
 import numpy as np
 from fastai.vision.all import URLs, fastai_cfg, fastai_path
 from fastdownload import FastDownload
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from cifar10.data.folders import TABLES, find_splits, list_folders, pass_through, table_hint
 from cifar10.errors import UserError, WriteError
-from cifar10.files import LEFTOVERS, remove_leftovers, replacing
+from cifar10.files import LEFTOVERS, acquire, remove_leftovers, replacing
 
 CIFAR10_IMAGES = 60_000
 TIMEOUT = 20  # seconds to wait for an answer from the network
@@ -42,6 +43,7 @@ ENCODINGS = {
     "euc_kr": ("HANGUL",),
     "gb2312": ("CJK",),
 }
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 WAYS_TO_CIFAR10 = "connect to the network, or pass --data with a copy: a folder, cifar10.tgz or cifar-10-batches-py"
 
 
@@ -79,6 +81,8 @@ def prepare_data(data: str | Path) -> Source:
         path.stat()
         if path.is_file() and path.suffix.lower() in TABLES:
             return Source(path, str(path), {})
+        if path.is_file() and path.suffix.lower() in SPREADSHEETS:
+            raise UserError(f"{path} is a spreadsheet; save it as CSV UTF-8, and pass that file")
         unpacked = pass_through(unpack_once(path) if path.is_file() else path)
         inside = list_folders(unpacked)
         found = [p for p in (unpacked, *inside) if p.name == BATCHES or "train" in find_splits(p)]
@@ -135,15 +139,23 @@ def cifar10_folder() -> Path:
         folder, archive = data / "cifar10", fastai_path("archive") / "cifar10.tgz"
     if sum(len(files) for _, _, files in os.walk(folder)) >= CIFAR10_IMAGES:  # a killed fastai may leave a part of it
         return folder
-    if not archive.is_file():  # fastdownload would wait forever for a server that does not answer
-        urllib.request.urlopen(urllib.request.Request(URLs.CIFAR, method="HEAD"), timeout=TIMEOUT).close()
-        print("Downloading CIFAR-10 …")
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{archive}.lock")  # that of fastai's downloads, or two of them would write to the same file
+    acquire(lock)
     try:
+        if not archive.is_file():  # fastdownload would wait forever for a server that does not answer
+            urllib.request.urlopen(urllib.request.Request(URLs.CIFAR, method="HEAD"), timeout=TIMEOUT).close()
+            print("Downloading CIFAR-10 …")
         # Also checks the size and the beginning of an archive that is there already.
-        archive = FastDownload(fastai_cfg(), module=fastai.data, base="~/.fastai").download(URLs.CIFAR)
+        FastDownload(fastai_cfg(), module=fastai.data, base="~/.fastai").download(URLs.CIFAR)
     except Exception as reason:  # fastdownload raises a bare Exception for a wrong checksum
         raise OSError(str(reason)) from reason
-    return unpack_once(Path(archive)) / "cifar10"
+    finally:
+        lock.release()
+    try:
+        return unpack_once(archive) / "cifar10"
+    except UserError as reason:
+        raise UserError(f"{reason}; remove the archive if it is damaged, and it is downloaded again") from None
 
 
 def write_digits(folder: Path):
@@ -210,7 +222,7 @@ def unpack(archive: Path, folder: Path):
                         raise UserError(f"{member.filename!r} in it is neither a file nor a folder")
                 zipped.extractall(folder, members)
         else:
-            raise UserError("it is neither a tar nor a zip archive; --data takes .tgz, .tar.gz and .zip")
+            raise UserError("it is neither a tar nor a zip archive; --data takes .tgz, .tar.gz, .zip, .csv and .tsv")
     except Exception as reason:  # decompressors fail on damaged files in many ways
         raise UserError(f"{archive} can't be unpacked: {reason or type(reason).__name__}") from None
 

@@ -84,8 +84,13 @@ class ImageTable:
 
     @classmethod
     def open(cls, data: "str | Path | ImageTable", *args, **kwargs) -> "ImageTable":
-        """The images that `data` names, unless it is an `ImageTable` already."""
-        return data if isinstance(data, ImageTable) else cls(data, *args, **kwargs)
+        """The images that `data` names, or those of an `ImageTable`, which can't be read in another way any more."""
+        if not isinstance(data, ImageTable):
+            return cls(data, *args, **kwargs)
+        for name, was in vars(data.reading).items():
+            if kwargs.get(name, was) != was:
+                raise UserError(f"{name} was {was!r} when the images were read; pass their path to read them anew")
+        return data
 
     def split_rows(self, valid: str) -> list[np.ndarray]:
         """Rows of the training images, of the validation images, and of the test images if they are a third split.

@@ -1,4 +1,4 @@
 """A run: its folder, its checkpoints, and the session that starts, resumes or restarts it."""
 
-from cifar10.runs.run import WEIGHTS, Run, find_run, weights_file
+from cifar10.runs.run import WEIGHTS, Run, find_run, home_relative, weights_file
 from cifar10.runs.session import Session

@@ -174,6 +174,24 @@ def test_ways_to_make_an_image_square(tmp_path, width, height):
     np.testing.assert_array_equal(decode_image(tmp_path / "image.png"), decode_image(image, resize="crop"))
 
 
+@pytest.mark.parametrize(("width", "height"), [(700, 10), (4, 300), (2000, 4)])
+def test_of_a_very_long_image_a_line_stays(width, height):
+    found = decode_image(Image.new("RGB", (width, height), "white"), resize="pad")
+    white = (found == 255).all(axis=(0, 2 if width > height else 1))
+    assert (found.max(axis=0) > 0).sum() == white.sum() * 32 == 32
+
+
+def test_sixteen_bits_for_three_colors_together_are_eight_for_each(tmp_path):
+    """A BMP file with 5, 6 and 5 bits: what Pillow reads is final."""
+    header = struct.pack("<2sIHHI IiiHHIIiiII III", b"BM", 66 + 2 * 64, 0, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0,
+                         0xF800, 0x07E0, 0x001F)  # fmt: skip
+    (tmp_path / "dark.bmp").write_bytes(header + struct.pack("<64H", *(((12 << 11) + i % 8) for i in range(64))))
+    expected = Image.open(tmp_path / "dark.bmp")
+    assert expected.tile[0][3][0] == "BGR;16" and np.asarray(expected).max() == 98
+    squared = ImageOps.fit(expected.convert("RGB"), (32, 32), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(decode_image(tmp_path / "dark.bmp"), np.asarray(squared).transpose(2, 0, 1))
+
+
 def test_each_way_has_a_cache_of_its_own(tmp_path):
     folder = make_images(tmp_path / "set", train=3, test=2)
     for file in folder.rglob("*.png"):

@@ -161,6 +161,29 @@ def test_a_split_under_several_names(folder):
     assert [len(dl.dataset) for dl in get_dls(folder / "labels.csv", batch_size=2).loaders] == [8, 6, 2]
 
 
+@pytest.mark.parametrize("name", ["img/image.png", "masks/label.png", "split.png"])
+def test_a_photo_with_the_name_of_a_column_does_not_make_the_header_a_row(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "img/train/ring/0.png", folder / name)
+    rows = [f"{path},{label},{split}\n" for (path, label), split in zip(rows_of(), SPLITS * 2)]
+    (folder / "labels.csv").write_text("image,label,split\n" + "".join(rows))
+    assert not check(folder / "labels.csv").flat
+
+
+def test_a_table_of_test_images_only_is_not_split(folder, capsys):
+    """As for interpret.py; which names of a split there are does not matter."""
+    for split in ("test", "Val"):
+        rows = [f"{path},{label},{split}\n" for path, label in rows_of()]
+        (folder / "labels.csv").write_text("image,label,split\n" + "".join(rows))
+        table = check(folder / "labels.csv")
+        assert table.flat and table.split_names == ["train"]
+        expected = f"all images are in the split {'test' if split == 'test' else 'valid'}, so they count as not split"
+        assert expected in capsys.readouterr().out
+    (folder / "labels.csv").write_text("image,label,split\n" + "".join(rows).replace("Val", "train"))
+    with pytest.raises(UserError, match="beside train/; add one or use --valid holdout"):
+        get_dls(folder / "labels.csv")
+
+
 @pytest.mark.parametrize("kind", ["table", "archive", "folder"])
 @pytest.mark.parametrize("hops", [1, 2])
 def test_a_link_counts_by_its_own_place_and_name(folder, tmp_path, kind, hops):

@@ -325,7 +325,19 @@ def test_a_folder_that_is_one_level_too_high_is_told(folder, capsys, deeper):
 def test_skipped_classes_are_counted(folder, capsys):
     table = ImageTable(folder, skip_classes=["ring", "nothing"])
     assert table.classes == ["bar", "cross"] and table.split_names == ["train", "test"]
-    assert "set: 6 files ignored: 6 in skipped classes\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "set: 6 files ignored: 6 in skipped classes\n" in said
+    assert "set: there is no class 'nothing' to skip\n" in said
+
+
+@pytest.mark.parametrize("layout", ["splits", "flat", "table"])
+def test_a_class_to_skip_is_found_and_a_misspelled_one_told(folder, capsys, layout):
+    """A shell that completes the name of a folder adds a slash."""
+    data = {"splits": folder, "flat": folder / "train", "table": folder / "labels.csv"}[layout]
+    paths = [file.relative_to(folder) for file in sorted(folder.rglob("*.png"))]
+    (folder / "labels.csv").write_text("image,label\n" + "".join(f"{path},{path.parent.name}\n" for path in paths))
+    assert ImageTable(data, skip_classes=["ring/", "Bar"]).classes == ["bar", "cross"]
+    assert "there is no class 'Bar' to skip\n" in capsys.readouterr().out
 
 
 def test_leaks_and_contradictions_are_told(folder, capsys):

@@ -3,12 +3,15 @@
 import functools
 import hashlib
 import http.server
+import io
 import pickle
 import shutil
 import socket
 import tarfile
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -147,9 +150,37 @@ def test_download(shapes, tmp_path, monkeypatch):
             assert prepare_data("cifar10").folder == whole
             shutil.rmtree(whole / "test")
             assert prepare_data("cifar10").folder == folder
+            (fastai_path("archive") / "cifar10.tgz").write_bytes(b"damaged")
+            with pytest.raises(
+                UserError, match=r"cifar10.tgz can't be unpacked: .*; remove the archive if it is damaged"
+            ):
+                prepare_data("auto")
         finally:
             shutil.rmtree(whole, ignore_errors=True)
             (fastai_path("archive") / "cifar10.tgz").unlink(missing_ok=True)
+
+
+def test_two_downloads_do_not_write_to_the_same_file(shapes, tmp_path, monkeypatch):
+    """The second one waits, and then finds the first one's archive."""
+    monkeypatch.setattr(sources, "CIFAR10_IMAGES", 64)
+    shutil.copytree(shapes, tmp_path / "cifar10")
+    packed(tmp_path / "cifar10", tmp_path / "cifar10.tgz")
+    archive, downloads = fastai_path("archive") / "cifar10.tgz", []
+
+    def download(self, url):
+        downloads.append(archive.is_file())
+        if not archive.is_file():
+            time.sleep(0.2)
+            shutil.copy(tmp_path / "cifar10.tgz", archive)
+
+    monkeypatch.setattr(sources.FastDownload, "download", download)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *args, **kwargs: io.BytesIO())
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            one, other = pool.map(prepare_data, ["cifar10"] * 2)
+    finally:
+        archive.unlink(missing_ok=True)
+    assert one == other and downloads == [False, True]
 
 
 def test_wrong_sources(tmp_path):
@@ -160,6 +191,10 @@ def test_wrong_sources(tmp_path):
     (tmp_path / "notes.txt").write_text("no archive")
     with pytest.raises(UserError, match="neither a tar nor a zip"):
         prepare_data(tmp_path / "notes.txt")
+    for name in ("labels.xlsx", "labels.ODS"):
+        (tmp_path / name).write_bytes(b"PK")
+        with pytest.raises(UserError, match=f"{name} is a spreadsheet; save it as CSV UTF-8"):
+            prepare_data(tmp_path / name)
     (tmp_path / "single/cats").mkdir(parents=True)
     with pytest.raises(UserError, match="holds one folder only; it needs train/<class>/, or <class>/ for two classes"):
         prepare_data(tmp_path / "single")

@@ -207,3 +207,11 @@ def test_leftovers_of_a_killed_process_are_removed(folder):
     ImageTable(folder)
     assert not (decoded / ".old.part").exists() and (decoded / ".new.part").exists()
     shutil.rmtree(decoded / ".new.part")
+
+
+def test_images_that_are_decoded_already_can_not_be_read_in_another_way(shapes):
+    images = ImageTable(shapes)
+    assert get_dls(images, size=32, batch_size=8).train.table is images
+    for changes in (dict(size=64), dict(resize="pad"), dict(valid_pct=0.5)):
+        with pytest.raises(UserError, match=r"was .* when the images were read; pass their path to read them anew"):
+            get_dls(images, batch_size=8, **changes)
