@@ -28,6 +28,8 @@ from cifar10.errors import UserError, WriteError
 from cifar10.signals import SIGNALS, ignore_signals, is_first_to_fail
 
 SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
+OUT_OF_MEMORY = "OutOfMemoryError"  # torch's, which is not imported yet when a script reads its options
+TOO_LARGE = "the GPU has too little memory; train with a smaller --batch_size or --size, or use --device cpu"
 STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number; others: 1
 
 
@@ -126,6 +128,9 @@ def parse(schema: Callable, words: list[str]) -> dict:
     typed = {name: value for name, value in values.items() if value is not untyped}
     for name in {*unused} & {*typed}:
         parser.error(f"unrecognized arguments: --{name}")
+    for name, value in typed.items():
+        if value == "" or (isinstance(value, list) and "" in value):  # a shell's variable that is not set
+            parser.error(f"{name} is empty; give a value, or leave it out")
     return typed
 
 
@@ -146,10 +151,12 @@ def handled() -> Iterator[None]:
         default = "Ctrl-C" if isinstance(reason, KeyboardInterrupt) else signals.received
         if by := getattr(reason, "by", default):
             fail(f"\nstopped by {by}{getattr(reason, 'hint', '')}", STATUS.get(by, 1))
-        if "--debug" in split_at_dashes(sys.argv[1:])[0] or not isinstance(reason, (UserError, OSError)):
+        expected = isinstance(reason, (UserError, OSError)) or type(reason).__name__ == OUT_OF_MEMORY
+        if "--debug" in split_at_dashes(sys.argv[1:])[0] or not expected:
             raise
+        what = TOO_LARGE if type(reason).__name__ == OUT_OF_MEMORY else str(reason).replace("\n", "\\n")
         hint = "" if isinstance(reason, UserError) else " (--debug shows where)"
-        fail("error: " + str(reason).replace("\n", "\\n") + hint, 2)
+        fail(f"error: {what}{hint}", 2)
     finally:
         signals.received = ""
         for number, handler in before.items():

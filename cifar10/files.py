@@ -1,5 +1,6 @@
 """Atomic writes, and tensors with a checksum."""
 
+import errno
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
+from filelock import FileLock
 from matplotlib import pyplot as plt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -46,6 +48,15 @@ def replacing(path: Path) -> Iterator[Path]:
                     raise
     except OSError as reason:
         raise WriteError(path, reason) from None
+
+
+def acquire(lock: FileLock, timeout: float = -1):
+    """Acquire a lock, if the file system has any. Raises `Timeout` if that takes `timeout` seconds."""
+    try:
+        lock.acquire(timeout=timeout)
+    except OSError as reason:
+        if reason.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
 
 
 def remove_leftovers(parts: Iterable[Path], age: float = 0):

@@ -19,14 +19,14 @@ class Options:
     """Train the assignment's ResNet with the one-cycle policy; write metrics and plots to a run folder."""
 
     data: str = "auto"  # auto (CIFAR-10 if available, else the digits), cifar10, digits, or a path
-    recipe: Annotated[str | None, choices(*RECIPES)] = None  # set of hyperparameters (default: assignment; finetune with --weights)
+    recipe: Annotated[str | None, choices(*RECIPES)] = None  # hyperparameters (default: assignment, or finetune)
     weights: str | None = None  # finished run to start from, its model.safetensors, or last (default: from scratch)
     size: Annotated[int, Bounds(16, 1024)] = 32  # side of the images in pixels, a multiple of 8
     valid: Annotated[str, choices("test", "holdout")] = "test"  # validate on the test split, or on a part of train
     valid_pct: float | None = None  # part of train to hold out (default: 0.1; 0.2 for a folder without splits)
     weighted: Annotated[bool | None, YES_NO] = None  # train on all classes equally often (default: no)
     skip_broken: bool = False  # leave out images that can't be read, and train on the rest
-    skip_classes: Annotated[list[str] | None, SEVERAL] = None  # names of classes to leave out, or of folders that are none
+    skip_classes: Annotated[list[str] | None, SEVERAL] = None  # names of classes, or of other folders, to leave out
     resize: Annotated[str, choices("crop", "squish", "pad")] = "crop"  # use the central square, or all of the image
     image_column: str | None = None  # of a table: the column of paths or ids (default: image, or the only one)
     label_column: str | None = None  # of a table: the column of classes (default: label, or the only one)
@@ -36,7 +36,7 @@ class Options:
     peak_epoch: float | None = None  # epoch with the highest learning rate (default: the recipe's, scaled with epochs)
     batch_size: int | None = None  # images per step (default: the recipe's; from 16 to 64 for fewer than 10,000 images)
     lr_max: float | None = None  # highest learning rate (default: the recipe's, or from the LR finder)
-    lr_min: float | None = None  # initial learning rate (default: in the recipe's ratio to lr_max, found, or lr_max / 100)
+    lr_min: float | None = None  # initial learning rate (default: in proportion to lr_max, found, or lr_max / 100)
     annihilate: Annotated[bool | None, YES_NO] = None  # end near zero instead of at lr_min (default: the recipe's)
     flip: Annotated[bool | None, YES_NO] = None  # mirror training images at random (default: yes; no on the digits)
     clip: float | None = None  # limit for each value of a gradient; 0 for none (default: 0; the notebook uses 0.1)

@@ -5,6 +5,7 @@ import signal
 from typing import Annotated
 
 import pytest
+import torch
 
 import predict
 from cifar10 import cli, signals
@@ -71,6 +72,8 @@ def test_several_values_after_two_dashes():
         (["here", "there"], "unrecognized arguments: there; options begin with --"),
         (["here", "--batch_size", "many"], "invalid int value: 'many'"),
         ([], "the following arguments are required: folder"),
+        ([""], "folder is empty; give a value, or leave it out"),
+        (["here", "--save_as", ""], "save_as is empty; give a value, or leave it out"),
     ],
 )
 def test_a_wrong_option_gets_one_line(words, says, capsys):
@@ -89,6 +92,7 @@ def test_a_wrong_option_gets_one_line(words, says, capsys):
         (Stopped("SIGHUP", "; resume with: this"), 129, "\nstopped by SIGHUP; resume with: this\n"),
         (BrokenPipeError(), 141, "stopped by a closed pipe\n"),
         (Stopped("SIGTERM"), 143, "\nstopped by SIGTERM\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, f"error: {cli.TOO_LARGE} (--debug shows where)\n"),
     ],
 )  # fmt: skip
 def test_exit_statuses(error, status, says, capsys, monkeypatch):

@@ -101,7 +101,7 @@ def introduce(names: Sequence[str], metrics: Mapping[str, Any]) -> str:
     if metrics:
         images = plural(metrics["images"], "image") if "images" in metrics else "images"  # which older runs don't count
         measured = f" Tested on {images} that it was not trained on, it was right for {metrics['accuracy']:.1%}."
-    return f"The model knows these classes: {listed}. It always chooses one of them, whatever the image shows.{measured}"
+    return f"The model knows these classes: {listed}. It always chooses one, whatever the image shows.{measured}"
 
 
 def write_page(folder: Path, classifier: ImageClassifier, model: bytes, examples: Sequence[Path],

@@ -1,6 +1,5 @@
 """A run: a folder with its config, history, metrics, plots, weights and checkpoints, used by one process at a time."""
 
-import errno
 import json
 import os
 import shlex
@@ -20,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from cifar10.errors import Stopped, UserError, WriteError
-from cifar10.files import LEFTOVERS, load_tensors, remove_leftovers, save_tensors, write_csv, write_json
+from cifar10.files import LEFTOVERS, acquire, load_tensors, remove_leftovers, save_tensors, write_csv, write_json
 from cifar10.hardware import collect_env
 from cifar10.options import Options
 from cifar10.processes import from_rank0, host_count, launch_command, launch_id, on_rank0, stopped_by
@@ -139,12 +138,9 @@ class Run:
     def acquire(self, lock: FileLock):
         """Acquire the lock, and remove what a process left that was killed while it was writing."""
         try:
-            lock.acquire(timeout=0)
+            acquire(lock, timeout=0)
         except Timeout:
             raise UserError(f"{self.path} is locked by another process; wait until it ends, or stop it") from None
-        except OSError as reason:
-            if reason.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-                raise
         remove_leftovers(self.path.rglob(LEFTOVERS))
 
     def resume_command(self, script: str = "") -> str:

@@ -34,8 +34,11 @@ def fit_head(learn: Learner):
     Source: Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", 2022.
     """
     files = learn.dls.train_ds.items
-    some = np.random.default_rng(0).permutation(len(files))[:MOST]
-    x, y = features(learn, [files[i] for i in some])
+    order, dl = np.random.default_rng(0).permutation(len(files)), learn.dls.train
+    some = np.arange(min(MOST, len(files)))
+    if hasattr(dl, "targets"):  # fastai's own loaders would have to read all images
+        some = np.union1d(some, np.unique(dl.targets[0].cpu()[order], return_index=True)[1])  # of each class the first
+    x, y = features(learn, [files[i] for i in order[some]])
     mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

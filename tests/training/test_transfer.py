@@ -21,6 +21,7 @@ from cifar10.options import Options
 from cifar10.recipes import FASTER, RECIPES
 from cifar10.runs import WEIGHTS, Run, Session, weights_file
 from cifar10.runs.run import find_run
+from cifar10.training import transfer
 from cifar10.training.learner import build_learner
 from cifar10.training.transfer import features, fit_head
 from model import ResNet
@@ -130,6 +131,18 @@ def test_the_last_layer_of_two_classes_is_that_of_the_logistic_regression(source
     with torch.no_grad():
         found = (model.fc(torch.from_numpy(x)) * model.logit_scale).softmax(dim=1)
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_no_class_is_left_out_of_the_images_that_it_is_fitted_to(learn, monkeypatch):
+    """However few of all images are used."""
+    monkeypatch.setattr(transfer, "MOST", 1)
+    fit_head(learn)
+    model, order = get_model(learn.model), np.random.default_rng(0).permutation(36)
+    labels = learn.dls.train.targets[0][order].tolist()
+    used = [learn.dls.train_ds.items[order[labels.index(label)]] for label in range(3)]
+    x, y = features(learn, used)
+    with torch.no_grad():
+        assert model.fc(torch.from_numpy(x)).argmax(dim=1).tolist() == y.tolist() == [0, 1, 2]
 
 
 def test_a_class_without_training_images_is_not_predicted(learn):
