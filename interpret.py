@@ -28,6 +28,7 @@ if __name__ == "__main__":
     typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +95,10 @@ def main(**typed):
 def free_folder(folder: Path, data: str) -> Path:
     """`folder`, or one with a number if it holds the report on other images than those of the path `data`."""
     name, number = folder.name, 1
-    while (file := folder / "metrics.json").is_file() and json.loads(file.read_text("utf-8")).get("data", data) != data:
+    while (file := folder / "metrics.json").is_file():
+        with suppress(ValueError, AttributeError):  # the file is damaged
+            if json.loads(file.read_text("utf-8")).get("data", data) == data:
+                break
         folder, number = folder.with_name(f"{name}-{number}"), number + 1
     return folder
 

@@ -65,7 +65,8 @@ def find_files(images: list[str]) -> list[Path]:
         elif Path(name).is_dir():
             found = list(list_images(Path(name), ignored))
             if not found:
-                raise UserError(f"{name} holds no images")
+                others = f" (ignored files: {kinds(ignored)})" if ignored.total() else ""
+                raise UserError(f"{name} holds no images{others}")
             files += found
         else:
             files.append(Path(name))

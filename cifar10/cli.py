@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import isclass, signature
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ from cifar10.signals import SIGNALS, ignore_signals, is_first_to_fail
 
 SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr-max"}  # what people type
 OUT_OF_MEMORY = "OutOfMemoryError"  # torch's, which is not imported yet when a script reads its options
-TOO_LARGE = "the GPU has too little memory; train with a smaller --batch_size or --size, or use --device cpu"
+TOO_LARGE = "the GPU has too little memory; free some, use smaller batches or images, or set CUDA_VISIBLE_DEVICES="
 STATUS = {"Ctrl-C": 130, "SIGHUP": 129, "SIGTERM": 143, "a closed pipe": 141}  # 128 + the signal's number; others: 1
 
 
@@ -119,6 +120,10 @@ def parse(schema: Callable, words: list[str]) -> dict:
     parser = Parser(**look, parents=[plain], add_help=False, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options, others = split_at_dashes(words)
+    for before, word in pairwise(["", *words]):  # a variable of the shell may not be set
+        if not word or (word in options and re.fullmatch(r"--[\w-]+=", word)):
+            name = word[:-1] or (before if before.startswith("--") and before in options else "an argument")
+            parser.error(f"{name} is empty; give a value")
     # `--name` and `--name=value` only: argparse also takes `--my_photo 1.jpg`, a word with a space, as a value.
     options = [re.sub(r"^--[\w-]+(?==|\Z)", lambda name: name[0].replace("_", "-"), word) for word in options]
     untyped = object()
@@ -128,9 +133,6 @@ def parse(schema: Callable, words: list[str]) -> dict:
     typed = {name: value for name, value in values.items() if value is not untyped}
     for name in {*unused} & {*typed}:
         parser.error(f"unrecognized arguments: --{name}")
-    for name, value in typed.items():
-        if value == "" or (isinstance(value, list) and "" in value):  # a shell's variable that is not set
-            parser.error(f"{name} is empty; give a value, or leave it out")
     return typed
 
 

@@ -72,8 +72,10 @@ def test_several_values_after_two_dashes():
         (["here", "there"], "unrecognized arguments: there; options begin with --"),
         (["here", "--batch_size", "many"], "invalid int value: 'many'"),
         ([], "the following arguments are required: folder"),
-        ([""], "folder is empty; give a value, or leave it out"),
-        (["here", "--save_as", ""], "save_as is empty; give a value, or leave it out"),
+        ([""], "an argument is empty; give a value"),
+        (["here", "--", ""], "an argument is empty; give a value"),
+        (["here", "--save_as", ""], "--save_as is empty; give a value"),
+        (["here", "--batch-size="], "--batch-size is empty; give a value"),
     ],
 )
 def test_a_wrong_option_gets_one_line(words, says, capsys):

@@ -26,6 +26,7 @@ from cifar10.files import load_tensors, save_tensors
 from cifar10.interpretation.metrics import calibration_error
 from cifar10.options import Options
 from cifar10.runs.session import Session
+from interpret import free_folder
 from predict import Classifier
 from train import get_dls, get_learner
 
@@ -432,6 +433,8 @@ def test_each_data_set_has_a_report_of_its_own(flat, tmp_path):
         assert done.returncode == 0, done.stderr
     reports = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/run/*/metrics.json")}
     assert {name: report["images"] for name, report in reports.items()} == {"all-all": 8, "all-all-1": 12}
+    (tmp_path / "runs/run/all-all/metrics.json").write_text("[")  # it may be a report on other images
+    assert free_folder(tmp_path / "runs/run/all-all", str(tmp_path / "a/photos/all")).name == "all-all-2"
     shutil.copytree(tmp_path / "runs/run", tmp_path / "runs/other")
     done = command("interpret.py", "runs/run", "--data", "a/photos/all", "--out", "runs/other", cwd=tmp_path)
     assert done.returncode == 2 and "runs/other is the folder of another run; choose another --out" in done.stderr

@@ -156,13 +156,17 @@ def test_grad_cam_of_each_image(run, photos, tmp_path):
         (("RUN",), "the following arguments are required: images"),
         (("RUN", "x.png", "--gradcam", "damaged.safetensors"), "damaged.safetensors can't be made (File exists); give"),
         (("RUN", "x.png", "--gradcam", "damaged.safetensors/deep"), "can't be made (Not a directory); give another"),
-        (("RUN", ""), "images is empty; give a value, or leave it out"),
+        (("RUN", ""), "an argument is empty; give a value"),
+        (("RUN", "x.png", "--csv", ""), "--csv is empty; give a value"),
+        (("RUN", "photos"), "photos holds no images (ignored files: 1 .heic)"),
         (("unfinished", "x.png"), "unfinished holds no model.safetensors; finish the run, or copy its weights there"),
         (("damaged.safetensors", "x.png"), "is damaged or not a safetensors file"),
     ],
 )
 def test_mistakes(run, tmp_path, words, says):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.HEIC").touch()
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished/config.json").write_text("{}")
     (tmp_path / "damaged.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:1000])

@@ -39,9 +39,7 @@ def list_table(table: Path, reading: Reading) -> Listing:
     find = finder()
     rows = read_rows(table)
     folders = [Path(reading.images).expanduser()] if reading.images else [table.parent, *list_folders(table.parent)]
-    first = rows.iloc[0]
-    named = {"image", *LABELS, "split"} & set(first.str.casefold())  # an image of such a name is another one
-    if not named and any(is_image(find, folder / cell) for folder in folders for cell in first):  # there is no header
+    if not has_header([*rows.iloc[0]], reading, lambda cell: any(is_image(find, folder / cell) for folder in folders)):
         rows.columns = pd.Index([str(number + 1) for number in range(rows.shape[1])])
     else:
         rows.columns = pd.Index([name or str(number) for number, name in enumerate(rows.iloc[0], start=1)])
@@ -50,6 +48,7 @@ def list_table(table: Path, reading: Reading) -> Listing:
         raise UserError(f"{table} has the columns {enumerate_names(rows)}; give each another name")
     folder, image, label, split = choose_columns(table, rows, reading, folders, find)
     labels, skipped = {*rows[label]}, rows[label].isin(reading.skipped)
+    parts = {*rows[split].map(split_of)} if split else set()
     rows = rows[~skipped]
     found = rows[image].map(lambda cell: find(folder / cell))
     files = pd.Series([same[0] if same else folder / cell for same, cell in zip(found, rows[image])], rows.index)
@@ -66,8 +65,8 @@ def list_table(table: Path, reading: Reading) -> Listing:
             where = f"{table}, line {line}" + (f" and {len(others):,} more" if others else "")
             raise UserError(f"{where}: {column} is {rows[column][line]!r}; {why}")
     notes = [*find_unknown(reading.skipped, labels)]
-    if split and splits.nunique() == 1 and splits.iloc[0] != "train":  # a table of test images, for example
-        notes.append(f"all images are in the split {splits.iloc[0]}, so they count as not split")
+    if len(parts) == 1 and parts != {"train"}:  # a table of test images, for example
+        notes.append(f"all images are in the split {parts.pop()}, so they count as not split")
         split, splits = None, pd.Series("train", rows.index)
     classes: dict[str, dict[str, list[Path]]] = {name: {} for name in SPLITS if name == "train" or name in {*splits}}
     for (name, same), group in files.groupby([splits, rows[label]]):
@@ -86,6 +85,18 @@ def list_table(table: Path, reading: Reading) -> Listing:
             f"images: column {printable(image)}{where}, classes: column {printable(label)}{splits_too}"
         )
     return listing
+
+
+def has_header(first: list[str], reading: Reading, is_image: Callable[[str], bool]) -> bool:
+    """Whether the first line of a table names columns instead of an image.
+
+    A usual name of a column, or one that was typed, is not that of an image without its suffix, even if there is one.
+    """
+    images = [cell for cell in first if is_image(cell)]
+    typed = (reading.image_column, reading.label_column, reading.split_column)
+    names = {"image", *LABELS, "split", *(name.casefold() for name in typed if name and not name.isdigit())}
+    with_suffix = [cell for cell in images if os.path.splitext(cell)[1].lower() in IMAGE_SUFFIXES]
+    return not images or (not with_suffix and not names.isdisjoint(cell.casefold() for cell in first))
 
 
 def read_rows(table: Path) -> pd.DataFrame:

@@ -67,13 +67,13 @@ def list_folder(folder: Path, reading: Reading | None = None) -> Listing:
 
     Raises `UserError` if the classes can't be learned, or if a class has no image.
     """
-    skip = (reading or Reading()).skipped
+    skip = {name.rstrip("/") for name in (reading or Reading()).skipped}  # a shell adds it to the name of a folder
     try:
         splits = find_splits(folder)
         listing = (list_splits if "train" in splits else list_flat)(folder, splits, skip)
     except OSError as reason:
         raise UserError(f"{reason.filename} can't be read ({reason.strerror}); repair or remove it") from None
-    places = [folder, *(path for paths in splits.values() for path in paths)]
+    places = [path for paths in splits.values() for path in paths] if "train" in splits else [folder]
     listing.notes += find_unknown(skip, (path.name for place in places for path in list_folders(pass_through(place))))
     nested = [image for image in listing.images if normalize("NFC", image.file.parent.name) != image.label]
     if nested:

@@ -27,8 +27,8 @@ class Reading:
 
     @property
     def skipped(self) -> set[str]:
-        """The names of `skip_classes` in the Unicode form of classes; a shell may have added a slash."""
-        return {normalize("NFC", name.rstrip("/")) for name in self.skip_classes or ()}
+        """The names of `skip_classes` in the Unicode form of classes."""
+        return {normalize("NFC", name) for name in self.skip_classes or ()}
 
     @classmethod
     def of(cls, options) -> "Reading":

@@ -140,8 +140,12 @@ def cifar10_folder() -> Path:
     if sum(len(files) for _, _, files in os.walk(folder)) >= CIFAR10_IMAGES:  # a killed fastai may leave a part of it
         return folder
     archive.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{archive}.lock")  # that of fastai's downloads, or two of them would write to the same file
-    acquire(lock)
+    lock = FileLock(f"{archive}.lock", mode=0o666)  # fastai's; without it, two downloads would write to the same file
+    try:
+        acquire(lock)
+    except OSError:
+        if not archive.is_file():  # otherwise it may be a shared one, which nobody has to write to
+            raise
     try:
         if not archive.is_file():  # fastdownload would wait forever for a server that does not answer
             urllib.request.urlopen(urllib.request.Request(URLs.CIFAR, method="HEAD"), timeout=TIMEOUT).close()
@@ -152,10 +156,7 @@ def cifar10_folder() -> Path:
         raise OSError(str(reason)) from reason
     finally:
         lock.release()
-    try:
-        return unpack_once(archive) / "cifar10"
-    except UserError as reason:
-        raise UserError(f"{reason}; remove the archive if it is damaged, and it is downloaded again") from None
+    return unpack_once(archive) / "cifar10"
 
 
 def write_digits(folder: Path):
@@ -224,7 +225,9 @@ def unpack(archive: Path, folder: Path):
         else:
             raise UserError("it is neither a tar nor a zip archive; --data takes .tgz, .tar.gz, .zip, .csv and .tsv")
     except Exception as reason:  # decompressors fail on damaged files in many ways
-        raise UserError(f"{archive} can't be unpacked: {reason or type(reason).__name__}") from None
+        known = isinstance(reason, UserError) or getattr(reason, "errno", None)  # a full disk, for example
+        hint = "" if known else "; if it is damaged, remove it and get it again"
+        raise UserError(f"{archive} can't be unpacked: {reason or type(reason).__name__}{hint}") from None
 
 
 def names_encoding(archive: Path, members: Iterable[zipfile.ZipInfo]) -> str:

@@ -83,12 +83,13 @@ class ImageTable:
         self.row = {file: row for row, file in enumerate(self.files)}
 
     @classmethod
-    def open(cls, data: "str | Path | ImageTable", *args, **kwargs) -> "ImageTable":
+    def open(cls, data: "str | Path | ImageTable", reading: Reading | None = None, *args, **kwargs) -> "ImageTable":
         """The images that `data` names, or those of an `ImageTable`, which can't be read in another way any more."""
         if not isinstance(data, ImageTable):
-            return cls(data, *args, **kwargs)
+            return cls(data, reading, *args, **kwargs)
+        asked = vars(reading or data.reading) | kwargs
         for name, was in vars(data.reading).items():
-            if kwargs.get(name, was) != was:
+            if (asked[name] or None) != (was or None):
                 raise UserError(f"{name} was {was!r} when the images were read; pass their path to read them anew")
         return data
 

@@ -170,6 +170,20 @@ def test_a_photo_with_the_name_of_a_column_does_not_make_the_header_a_row(folder
     assert not check(folder / "labels.csv").flat
 
 
+def test_a_column_that_was_typed_is_no_photo_of_that_name(folder):
+    shutil.copy(folder / "img/train/ring/0.png", folder / "photo.png")
+    (folder / "labels.csv").write_text("photo,kind\n" + plain())
+    check(folder / "labels.csv", image_column="photo", label_column="kind")
+
+
+@pytest.mark.parametrize("name", ["label", "Class", "image", "split"])
+def test_a_class_with_the_name_of_a_column_does_not_make_the_first_row_a_header(folder, name):
+    (folder / "labels.csv").write_text(plain().replace("a cross", name))
+    for options in ({}, dict(image_column="1", label_column="2")):
+        found = ImageTable(folder / "labels.csv", **options)
+        assert found.classes == sorted([name, "a ring"]) and len(found.files) == 16
+
+
 def test_a_table_of_test_images_only_is_not_split(folder, capsys):
     """As for interpret.py; which names of a split there are does not matter."""
     for split in ("test", "Val"):
@@ -179,6 +193,10 @@ def test_a_table_of_test_images_only_is_not_split(folder, capsys):
         assert table.flat and table.split_names == ["train"]
         expected = f"all images are in the split {'test' if split == 'test' else 'valid'}, so they count as not split"
         assert expected in capsys.readouterr().out
+    rows[0] = rows[0].replace("a cross,Val", "other,train")
+    (folder / "labels.csv").write_text("image,label,split\n" + "".join(rows))
+    with pytest.raises(UserError, match="holds no images in train"):  # as without the option
+        ImageTable(folder / "labels.csv", skip_classes=["other"])
     (folder / "labels.csv").write_text("image,label,split\n" + "".join(rows).replace("Val", "train"))
     with pytest.raises(UserError, match="beside train/; add one or use --valid holdout"):
         get_dls(folder / "labels.csv")

@@ -1,5 +1,6 @@
 """CIFAR-10, folders, archives, torchvision's batches, the digits: every source becomes an image folder."""
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -150,9 +151,9 @@ def test_download(shapes, tmp_path, monkeypatch):
             assert prepare_data("cifar10").folder == whole
             shutil.rmtree(whole / "test")
             assert prepare_data("cifar10").folder == folder
-            (fastai_path("archive") / "cifar10.tgz").write_bytes(b"damaged")
+            (fastai_path("archive") / "cifar10.tgz").write_bytes((tmp_path / "cifar10.tgz").read_bytes()[:-1000])
             with pytest.raises(
-                UserError, match=r"cifar10.tgz can't be unpacked: .*; remove the archive if it is damaged"
+                UserError, match=r"cifar10.tgz can't be unpacked: .*; if it is damaged, remove it and get it again"
             ):
                 prepare_data("auto")
         finally:
@@ -181,6 +182,25 @@ def test_two_downloads_do_not_write_to_the_same_file(shapes, tmp_path, monkeypat
     finally:
         archive.unlink(missing_ok=True)
     assert one == other and downloads == [False, True]
+
+
+def test_an_archive_that_others_share_needs_no_lock(shapes, tmp_path, monkeypatch):
+    """Its folder may be read-only; without an archive, there is nothing to train on then."""
+
+    def refuse(self, **kwargs):
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(sources, "CIFAR10_IMAGES", 64)
+    monkeypatch.setattr(sources.FileLock, "acquire", refuse)
+    monkeypatch.setattr(sources.FastDownload, "download", lambda self, url: archive)
+    shutil.copytree(shapes, tmp_path / "cifar10")
+    archive = packed(tmp_path / "cifar10", fastai_path("archive") / "cifar10.tgz")
+    try:
+        assert prepare_data("cifar10").folder.name == "cifar10"
+    finally:
+        archive.unlink()
+    with pytest.raises(UserError, match=r"nor can it be downloaded .*denied"):
+        prepare_data("cifar10")
 
 
 def test_wrong_sources(tmp_path):
