@@ -169,6 +169,7 @@ def test_pixels_are_those_of_pillow(small):
     """Each way to make an image square, enlarged and reduced, in strips: not a single value differs."""
     rng = np.random.default_rng(1)
     shapes = [(32, 32), (64, 64), (4, 4), (5, 9), (63, 64), (320, 240), (97, 1300), (700, 33), (1100, 1000)]
+    shapes += [(4, 900), (1300, 5)]  # so long that a line of them is left
     settings = [(resize, size) for resize in RESIZE for size in (32, 72)]
     with serving(small[1]) as address, chromium() as chrome:
         chrome.set_script_timeout(600)
