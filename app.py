@@ -25,6 +25,7 @@ if __name__ == "__main__":
     typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
 
 import os
+import socket
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -40,6 +41,8 @@ from model import ResNet
 
 DISPLAY_SIDE = 320  # pixels of the shown images
 LIKELIEST = "the likeliest class"
+MAX_UPLOAD = "50mb"
+KEPT = (600, 3600)  # seconds between two looks for old uploads and answers, and how old they are when they are deleted
 STYLE = """
 /* Small images fill their frames. */
 #image img, #heat img { width: 100%; height: 100%; object-fit: contain; }
@@ -91,7 +94,7 @@ def build(classifier: ImageClassifier, folder: Path):
     examples = [str(file) for file in sorted((folder / "examples").glob("*.png"))]
     wrong = [(str(file), file.stem.partition("-")[2]) for file in sorted((folder / "misclassified").glob("*.png"))]
     plot = folder / "misclassified.png"
-    with gr.Blocks(title=f"{classifier.name} classifier", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"{classifier.name} classifier", analytics_enabled=False, delete_cache=KEPT) as page:
         gr.Markdown(f"# {printable(classifier.name)}: which of {many} classes?")
         with gr.Row():
             with gr.Column():
@@ -123,18 +126,33 @@ def build(classifier: ImageClassifier, folder: Path):
     return page
 
 
+def check_address(host: str, port: int | None):
+    """Raise `UserError` for an address or a port that can't be listened to; Gradio would try for minutes."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as reason:
+        where = host if port is None else f"{host}, port {port},"
+        raise UserError(f"{where} can't be listened to ({reason.strerror}); give another --host or --port") from None
+
+
 def main(**typed):
     """Serve the page. `typed`: the options given on the command line, by name (see `Options`)."""
     options = Options(**typed)
     weights = weights_file(options.run)
     classifier = ImageClassifier.load(options.run, ResNet)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = f"{direct},127.0.0.1,localhost".strip(",")  # Gradio asks its own server whether it answers
     page = build(classifier, weights.parent)
     address = options.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    check_address(address, options.port)
     images = [str(weights.parent.resolve() / name) for name in ("examples", "misclassified", "misclassified.png")]
     _, url, shared = page.launch(
         server_name=address, server_port=options.port, share=options.share, allowed_paths=images, css=STYLE,
-        js=SCRIPT, quiet=True, prevent_thread_lock=True,
+        js=SCRIPT, quiet=True, prevent_thread_lock=True, max_file_size=MAX_UPLOAD,
     )  # fmt: skip
     print(f"The page is at {shared or url}; stop it with Ctrl-C", flush=True)
     page.block_thread()

@@ -170,14 +170,15 @@ def main(**typed):
     if options.torch:
         file = io.BytesIO()
         torch.export.save(program, file, extra_files=about)
-        write(Path(options.torch), file.getvalue())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how PyTorch itself reads the file
-            check(options.torch, expected, torch.export.load(options.torch).module()(images))
+            file.seek(0)
+            check(options.torch, expected, torch.export.load(file).module()(images))
+        write(Path(options.torch), file.getvalue())
     if options.onnx:
         content = to_onnx(program, ["probabilities"], about).SerializeToString()
-        write(Path(options.onnx), content)
         check(options.onnx, expected, run_onnx(content, images))
+        write(Path(options.onnx), content)
     if options.web:
         content = for_browsers(classifier, images, about)
         check(f"{options.web}/model.onnx", expected, run_onnx(content, images))

@@ -147,7 +147,8 @@ def table(results: dict[str, Any]) -> str:
                 row += [f"{mean(ours):.{decimals}f}", compared]
             rows.append([*row, f"{runs[seeds[0]]['pflop']:.4f}"] if "pflop" in measured else row)
     header += ["PFLOP"] * ("pflop" in measured)
-    title = f"`{recipe['name']}`, {recipe['epochs']} epochs, width {results['width']}: `{results['command']}`"
+    version = f" in version {results['version']}" if "version" in results else ""  # of runs that are no longer added to
+    title = f"`{recipe['name']}`, {recipe['epochs']} epochs, width {results['width']}{version}: `{results['command']}`"
     return f"{title}\n\n{markdown_table(header, rows, right=len(header) - 1)}"
 
 
@@ -157,6 +158,11 @@ def is_same(before: dict[str, Any], recipe: Recipe, sha256: str) -> bool:
         return Recipe.from_json(before["recipe"]) == recipe and before["data"]["sha256"] == sha256
     except TypeError:  # a field that is gone
         return False
+
+
+def read_json(file: str | None) -> dict[str, Any]:
+    """What a file of results holds, if it is there."""
+    return json.loads(Path(file).read_text("utf-8")) if file and Path(file).is_file() else {}
 
 
 def main(
@@ -171,7 +177,7 @@ def main(
     images = ImageTable.open(data)  # decoded here, before all processes need them
     train_images = len(images.split_rows("holdout")[0])
     base = RECIPES[recipe].adapted(train_images, **dict(images.defaults) | dict(validate="last") | changes)
-    results = json.loads(Path(out).read_text("utf-8")) if out and Path(out).is_file() else {}
+    results = read_json(out)
     name, data_set = f"{recipe}-{width}", dict(name=images.name, sha256=images.hash)
     before = results.get(name, dict(changes={}, runs={}))
     if name in results and not is_same(before, base, images.hash):
@@ -196,7 +202,7 @@ def main(
                 runs[title][seed] = training.result()
                 print(f"{done} of {len(trainings)}: {title}, seed {seed}, {runs[title][seed]['accuracy']:.2%}")
                 if out:
-                    write_json(Path(out), results | {name: found})
+                    write_json(Path(out), read_json(out) | {name: found})  # which others may have written to
         except BaseException:
             pool.shutdown(cancel_futures=True)  # or the others would still be trained before the error is seen
             raise

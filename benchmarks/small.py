@@ -8,7 +8,7 @@ give, its regularization chosen by cross-validation on the training images; `scr
 
 import json
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -29,6 +29,8 @@ from cifar10.files import write_json
 from cifar10.hardware import collect_env
 from cifar10.interpretation import markdown_table
 from cifar10.options import Options
+from cifar10.recipes import Recipe
+from cifar10.text import enumerate_names
 from cifar10.training import ValidateLast
 from cifar10.training.transfer import features
 from model import ResNet
@@ -58,14 +60,19 @@ def plain(images: ImageTable, seed: int) -> float:
     return float(learn.recorder.values[-1][-1])
 
 
+def recipe_of(images: ImageTable, model: str, weights: str) -> Recipe:
+    """How one of `MODELS` is trained; of the frozen one only the last layer is."""
+    options = Options(weights=weights if model in ("frozen", "finetune") else None)
+    return replace(options.resolve(images), validate="last")
+
+
 def measure(images: ImageTable, model: str, seed: int, weights: str) -> float:
     """The accuracy of one of `MODELS`."""
     if model == "frozen":
         return frozen(images, weights)
     if model == "plain":
         return plain(images, seed)
-    recipe = replace(Options(weights=weights if model == "finetune" else None).resolve(images), validate="last")
-    start = weights if model == "finetune" else None
+    recipe, start = recipe_of(images, model, weights), weights if model == "finetune" else None
     return train_once(get_dls(images, recipe), recipe, seed, weights=start)["accuracy"]
 
 
@@ -101,6 +108,8 @@ def main(
     out: OutputFile = None,  # JSON file for the results, to which those of other data sets and models are added
 ):
     "Compare fine-tuning and training from scratch on small data sets."
+    if unknown := {*models.split(",")} - {*MODELS}:
+        raise UserError(f"models has {enumerate_names(sorted(unknown))}; it may have {', '.join(MODELS)}")
     results: dict[str, Any] = json.loads(Path(out).read_text("utf-8")) if out and Path(out).is_file() else {"sets": {}}
     for path in data:
         images = ImageTable.open(path, size=size)
@@ -109,7 +118,10 @@ def main(
         if (found["sha256"], results.setdefault("weights", weights)) != (images.hash, weights):
             raise UserError(f"{out} holds results of other images named {name}, or other weights; choose another --out")
         for model in models.split(","):
-            accuracies = found["accuracies"].setdefault(model, {})
+            accuracies, recipe = found["accuracies"].setdefault(model, {}), recipe_of(images, model, weights)
+            before = found.setdefault("recipes", {}).setdefault(model, asdict(recipe))
+            if Recipe.from_json(before) != recipe:
+                raise UserError(f"{out} holds results of {model} by another recipe; choose another --out")
             for seed in range(1 if model == "frozen" else seeds):
                 if str(seed) not in accuracies:
                     accuracies[str(seed)] = measure(images, model, seed, weights)

@@ -92,7 +92,9 @@ def bare_loop(batch: tuple, classes: int, width: int, precision: str) -> Callabl
     """A function that trains a ResNet of its own for one step on `batch`, on the device of the batch."""
     device = batch[0].device
     model = ResNet(classes, width=width).to(device, memory_format=torch.channels_last).train()
+    model.prep[0].weight.requires_grad_(False)  # as ours, after whitening
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     optimizer = Muon(
         model.parameters(), lr=LR, momentum=ASSIGNMENT.momentum, weight_decay=ASSIGNMENT.weight_decay,
         lr_scale=ASSIGNMENT.muon_lr_scale, ns_steps=ASSIGNMENT.ns_steps, dtype=dtype,
@@ -101,7 +103,7 @@ def bare_loop(batch: tuple, classes: int, width: int, precision: str) -> Callabl
     x, y = (part.as_subclass(torch.Tensor) for part in batch)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        with torch.autocast(device.type, lower) if lower else nullcontext():
             prediction = model(x)
         loss = loss_func(prediction.float(), y)
         loss.backward()

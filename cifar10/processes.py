@@ -54,6 +54,9 @@ def from_rank0(function: Callable[..., T]) -> Callable[..., T]:
     return called
 
 
+NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+
+
 @contextmanager
 def process_group(device: str, timeout: float) -> Iterator[None]:
     """Join the other processes for the block, if torchrun started several, and give each process its own GPU.
@@ -65,6 +68,10 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     if not is_distributed():
         yield
         return
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is set, but not {', '.join(missing)}; start the processes with torchrun, or unset it"
+        )
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()

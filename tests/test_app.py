@@ -1,5 +1,6 @@
 """app.py in a real browser, as its user sees it."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -172,6 +173,21 @@ def test_the_functions(run):
     assert app.explain(classifier, None, 2, "layer1", "ring", 0.5) == (None, None)
 
 
+@pytest.mark.parametrize("host, port, says", [
+    ("192.0.2.7", None, r"192.0.2.7 can't be listened to \(.*\); give another --host or --port"),
+    ("no.such.host.invalid", 7000, r"no.such.host.invalid, port 7000, can't be listened to"),
+])  # fmt: skip
+def test_an_address_of_another_computer_is_refused_at_once(host, port, says):
+    with pytest.raises(app.UserError, match=says):
+        app.check_address(host, port)
+
+
+def test_a_port_that_is_taken_is_refused():
+    app.check_address("127.0.0.1", None)
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(app.UserError, match="in use"):
+        app.check_address("127.0.0.1", other.getsockname()[1])
+
+
 def test_without_gradio(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(
@@ -185,7 +201,7 @@ def test_without_gradio(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize("host, variables, address", [
     (None, {}, "127.0.0.1"),
     (None, {"GRADIO_SERVER_NAME": "0.0.0.0"}, "0.0.0.0"),
-    ("10.0.0.1", {"GRADIO_SERVER_NAME": "0.0.0.0"}, "10.0.0.1"),
+    ("localhost", {"GRADIO_SERVER_NAME": "0.0.0.0"}, "localhost"),
 ])  # fmt: skip
 def test_where_the_page_can_be_reached(run, monkeypatch, host, variables, address):
     class Page:
@@ -198,8 +214,9 @@ def test_where_the_page_can_be_reached(run, monkeypatch, host, variables, addres
 
     found = []
     monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
+    monkeypatch.setenv("no_proxy", "elsewhere")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(app, "build", lambda *_: Page())
     app.main(run=str(run), host=host)
-    assert found == [address]
+    assert found == [address] and os.environ["no_proxy"] == "elsewhere,127.0.0.1,localhost"

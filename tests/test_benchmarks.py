@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks import ablation, gpu, seeds, steps
 from benchmarks.speed import CONVOLUTIONS
 from cifar10.errors import UserError
+from cifar10.files import write_json
 from cifar10.recipes import RECIPES
 from cifar10.training.tricks import count_flop
 from model import ResNet
@@ -158,6 +159,8 @@ def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypa
 
     def train(recipe, *_):
         trained.append(recipe)
+        if len(trained) == 1:  # another ablation, at the same time
+            write_json(out, json.loads(out.read_text()) | {"assignment-2": "meanwhile"})
         if len(trained) == 2:
             raise KeyboardInterrupt
         return dict(accuracy=0.5, nll=1.0)
@@ -169,7 +172,8 @@ def test_an_ablation_goes_on_where_it_was_interrupted(shapes, tmp_path, monkeypa
     done = len(trained)
     ablation.main("faster", data=str(shapes), width=2, out=str(out))
     found = json.loads(out.read_text())
-    assert found["best-2"] == "of another recipe" and {*found["faster-2"]["runs"]} == {*variants}
+    assert found["best-2"] == "of another recipe" and found["assignment-2"] == "meanwhile"
+    assert {*found["faster-2"]["runs"]} == {*variants}
     assert all(runs == {"0": dict(accuracy=0.5, nll=1.0)} for runs in found["faster-2"]["runs"].values())
     assert trained[0].momentum == 0.85 and len(trained) - done == 2 and trained[0] not in trained[done:]
 
@@ -197,6 +201,9 @@ def test_the_table_of_the_ablation():
     assert text.endswith("| one seed | 1 | 81.00 | +1.00 | 0.6000 | -0.1000 |")
     counted = dict(runs={"nothing": {"0": dict(accuracy=0.5, pflop=0.1)}, "SGD": {"0": dict(accuracy=0.4, pflop=0.2)}})
     assert ablation.table(results | counted).endswith("| SGD | 1 | 40.00 | -10.00 | 0.2000 |")
+    assert "`faster`, 5 epochs, width 16 in version 3.0.0: `python x`" in ablation.table(
+        results | dict(version="3.0.0")
+    )
     # Runs of an older version, which measured less, continued by today's.
     runs["SGD"]["2"] = runs["nothing"]["2"] = dict(accuracy=0.8)
     assert "| SGD | 3 | 79.00 | -1.33 ± 0.88 |\n" in ablation.table(results)

@@ -24,8 +24,9 @@ MIN_SIDE = 4  # pixels; a smaller image is a mistake
 OVERSHOOT = 0.1  # how far resizing may take floats out of the range from 0 to 1
 PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
 Image.init()
-# What Pillow opens, but for formats that it only recognizes, videos and vector graphics.
-FORMATS = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS"}
+# What Pillow only recognizes, videos, and vector graphics: PostScript is a program, which Ghostscript would run.
+UNSUPPORTED = {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS"}
+FORMATS = set(Image.OPEN) - UNSUPPORTED
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
 
@@ -136,6 +137,8 @@ def read_image(item) -> Image.Image | np.ndarray:
 def read_file(item) -> Image.Image | np.ndarray:
     """`read_image` for an image that is not an array."""
     image = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+    if image.format in UNSUPPORTED:  # whatever the suffix of the file
+        raise ValueError(f"its format is {image.format}, save it as PNG")
     modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
     # Pillow keeps 8 of a color's 16 bits. "BGR;16" is another thing: 16 bits for three colors together.
     deep = any(";16" in mode and "BGR;16" not in mode for mode in modes)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_images
 from fastai.vision.all import PILImage, TensorImage, load_learner
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from cifar10.data.decode import IMAGE_SUFFIXES, decode_image
 from cifar10.data.table import ImageTable
@@ -208,6 +208,16 @@ def test_each_way_has_a_cache_of_its_own(tmp_path):
             assert torch.equal(found.test_dl([tmp_path / "other.png"]).pixels[0], table.pixels[0])
     with pytest.raises(UserError, match="resize is 'stretch'; it must be one of crop, squish, pad"):
         get_dls(folder, resize="stretch")
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "photo.eps"])
+def test_a_program_in_place_of_an_image_is_not_run(tmp_path, monkeypatch, name):
+    """Pillow would start Ghostscript for PostScript, whatever the suffix is."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("started Ghostscript"))
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n")
+    for item in (tmp_path / name, (tmp_path / name).read_bytes(), io.BytesIO((tmp_path / name).read_bytes())):
+        with pytest.raises(UserError, match="its format is EPS, save it as PNG"):
+            decode_image(item)
 
 
 # ---- The range of values

@@ -252,9 +252,7 @@ def test_with_eyes_keyboard_and_ears(small, tmp_path, width, dark):
         (tmp_path / "text.png").write_text("not an image")
         Image.new("RGB", (400, 3)).save(tmp_path / "line.png")
         assert "text.png can't be classified: it can't be read as an image" in upload(chrome, tmp_path / "text.png")
-        assert "line.png can't be classified: it is too small, 400×3 pixels" in upload(
-            chrome, tmp_path / "line.png"
-        )
+        assert "line.png can't be classified: it is too small, 400×3 pixels" in upload(chrome, tmp_path / "line.png")
         assert not chrome.find_element(By.ID, "result").is_displayed()
         assert "The likeliest class" in upload(chrome, page / "examples/1.png")
         for event in ("DragEvent('drop', { dataTransfer: data", "ClipboardEvent('paste', { clipboardData: data"):

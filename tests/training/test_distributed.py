@@ -21,7 +21,7 @@ import train
 from cifar10 import cli
 from cifar10.errors import UserError
 from cifar10.options import Options
-from cifar10.processes import is_lost, process_group
+from cifar10.processes import NEEDED, is_lost, process_group
 
 OPTIONS = ["--data", "digits", "--width", 4, "--epochs", 3, "--peak_epoch", 1, "--lr_max", 0.1, "--precision", "fp32"]
 OPTIONS += ["--name", "run", "--timeout", 900]
@@ -247,12 +247,21 @@ def test_a_restart_does_not_resume_the_run_of_another_launch(whole, tmp_path):
     (0, True, "several processes can't share an Apple GPU"),
 ])  # fmt: skip
 def test_processes_without_a_gpu_of_their_own_are_refused(monkeypatch, gpus, apple, answer):
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("WORLD_SIZE", *NEEDED):
         monkeypatch.setenv(name, "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
     with pytest.raises(UserError, match=answer), process_group("auto", timeout=5):
+        pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, device):
+    for name in ("WORLD_SIZE", *set(NEEDED) - {"MASTER_ADDR", "LOCAL_RANK"}):
+        monkeypatch.setenv(name, "2")
+    answer = "WORLD_SIZE is set, but not LOCAL_RANK, MASTER_ADDR; start the processes with torchrun, or unset it"
+    with pytest.raises(UserError, match=answer), process_group(device, timeout=5):
         pass
 
 
@@ -279,7 +288,7 @@ def test_what_counts_as_a_lost_process(monkeypatch, error, lost):
 def test_before_the_hosts_have_joined_each_says_what_is_wrong(
     monkeypatch, capsys, rank, local_rank, told, words, answer
 ):
-    about = dict(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2)
+    about = dict(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2, MASTER_ADDR="", MASTER_PORT=0)
     for name, value in about.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("sys.argv", ["train.py", *words])

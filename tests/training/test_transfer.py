@@ -208,6 +208,11 @@ def test_the_benchmark(source, others, tmp_path, monkeypatch):
     assert all(0 <= accuracy <= 1 for seeds in found["accuracies"].values() for accuracy in seeds.values())
     with pytest.raises(UserError, match="other images named others, or other weights"):
         small.main([str(others)], "elsewhere", seeds=1, out=str(tmp_path / "small.json"))
+    with pytest.raises(UserError, match="models has fintune; it may have frozen, finetune"):
+        small.main([str(others)], str(source), models="fintune,plain")
+    monkeypatch.setitem(RECIPES, "finetune", replace(RECIPES["finetune"], label_smoothing=0.3))
+    with pytest.raises(UserError, match=r"small.json holds results of (frozen|finetune) by another recipe"):
+        small.main([str(others)], str(source), seeds=2, out=str(tmp_path / "small.json"))
 
 
 def test_the_options_of_fastai(learn):
