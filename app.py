@@ -133,9 +133,10 @@ def check_address(host: str, port: int | None):
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as reason:
+    except (OSError, UnicodeError) as reason:  # Python encodes the name of a host
         where = host if port is None else f"{host}, port {port},"
-        raise UserError(f"{where} can't be listened to ({reason.strerror}); give another --host or --port") from None
+        why = getattr(reason, "strerror", None) or reason
+        raise UserError(f"{where} can't be listened to ({why}); give another --host or --port") from None
 
 
 def main(**typed):

@@ -22,6 +22,13 @@ from cifar10.errors import UserError
 from cifar10.signals import ignore_signals, is_distributed, is_first_to_fail
 
 T = TypeVar("T")
+NEEDED = (
+    "RANK",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # torchrun's variables, besides WORLD_SIZE
 LOST = "a lost connection to another process"
 PATIENCE = timedelta(days=1)  # how long to wait while one process works for all, like decoding the images
 NUMBERS = count()  # one for each group that this process joins
@@ -52,9 +59,6 @@ def from_rank0(function: Callable[..., T]) -> Callable[..., T]:
         return answer[0]
 
     return called
-
-
-NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
 @contextmanager

@@ -175,6 +175,7 @@ def test_the_functions(run):
 
 @pytest.mark.parametrize("host, port, says", [
     ("192.0.2.7", None, r"192.0.2.7 can't be listened to \(.*\); give another --host or --port"),
+    ("a" * 70, None, r"a{70} can't be listened to \(.*\); give"),
     ("no.such.host.invalid", 7000, r"no.such.host.invalid, port 7000, can't be listened to"),
 ])  # fmt: skip
 def test_an_address_of_another_computer_is_refused_at_once(host, port, says):
