@@ -22,13 +22,7 @@ from cifar10.errors import UserError
 from cifar10.signals import ignore_signals, is_distributed, is_first_to_fail
 
 T = TypeVar("T")
-NEEDED = (
-    "RANK",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)  # torchrun's variables, besides WORLD_SIZE
+NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, too
 LOST = "a lost connection to another process"
 PATIENCE = timedelta(days=1)  # how long to wait while one process works for all, like decoding the images
 NUMBERS = count()  # one for each group that this process joins
