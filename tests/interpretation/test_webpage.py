@@ -331,7 +331,7 @@ def test_the_page_says_what_the_model_knows_and_how_well():
     names = [f"class {i}" for i in range(60)]
     said = webpage.introduce(names, dict(accuracy=0.7908, images=1530))
     assert said.startswith("The model knows these classes: <bdi>class 0</bdi>, <bdi>class 1</bdi>, ")
-    assert "class 49</bdi> and 10 more. It answers with one of them, whatever the image shows. " in said
+    assert "class 49</bdi> and 10 more. It always chooses one, whatever the image shows. " in said
     assert said.endswith(" Tested on 1,530 images that it was not trained on, it was right for 79.1%.")
 
 
