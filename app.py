@@ -1,7 +1,7 @@
 """A finished run as a web page: `python app.py RUN`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from cifar10 import cli
 from cifar10.errors import UserError
@@ -128,15 +128,22 @@ def build(classifier: ImageClassifier, folder: Path):
 
 def check_address(host: str, port: int | None):
     """Raise `UserError` for an address or a port that can't be listened to; Gradio would try for minutes."""
+    why: Any = None
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        found = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as reason:  # Python encodes the name of a host
-        where = host if port is None else f"{host}, port {port},"
-        why = getattr(reason, "strerror", None) or reason
-        raise UserError(f"{where} can't be listened to ({why}); give another --host or --port") from None
+        found, why = [], reason
+    for family, kind, _, _, address in found:  # a name may have an IPv6 address that this computer does not use
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+            return
+        except OSError as reason:
+            why = reason
+    where = host if port is None else f"{host}, port {port},"
+    why = getattr(why, "strerror", None) or why
+    raise UserError(f"{where} can't be listened to ({why}); give another --host or --port")
 
 
 def main(**typed):

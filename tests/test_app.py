@@ -183,6 +183,14 @@ def test_an_address_of_another_computer_is_refused_at_once(host, port, says):
         app.check_address(host, port)
 
 
+def test_a_name_needs_only_one_address_that_this_computer_uses(monkeypatch):
+    """As `localhost` where IPv6 is off."""
+    ours = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    foreign = socket.getaddrinfo("192.0.2.7", 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: foreign + ours)
+    app.check_address("localhost", None)
+
+
 def test_a_port_that_is_taken_is_refused():
     app.check_address("127.0.0.1", None)
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(app.UserError, match="in use"):
