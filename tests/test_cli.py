@@ -199,9 +199,3 @@ def test_a_notebook_gets_its_signal_handlers_back(monkeypatch):
     with pytest.raises(SystemExit):
         cli.start(example)
     assert {number: signal.getsignal(number) for number in signal.valid_signals()} == before
-
-
-def test_argparse_itself_is_left_alone():
-    import argparse
-
-    assert argparse.ArgumentParser.error.__module__ == "argparse"

@@ -101,11 +101,3 @@ def test_a_difference_is_an_error():
     for other in (probabilities + 1e-3, torch.tensor([[0.4, 0.6]]), torch.tensor([[float("nan")] * 2])):
         with pytest.raises(export.UserError, match="x differs from PyTorch by up to"):
             export.check("x", probabilities, other)
-
-
-@pytest.mark.slow
-def test_mistakes(exported, tmp_path):
-    done = command("export.py", exported[0], cwd=tmp_path)
-    assert done.returncode == 2 and "there is nothing to do; give --onnx, --torch or --web" in done.stderr
-    done = command("export.py", "nowhere", "--onnx", "x.onnx", cwd=tmp_path)
-    assert done.returncode == 2 and "neither the folder of a finished run" in done.stderr

@@ -51,46 +51,18 @@ def refused(*arguments, cwd: Path, says: str, script: str = "train.py"):
         ("--bs 16", "there is no option --bs; did you mean --batch-size?"),
         ("--pdb", "there is no option --pdb; did you mean --debug?"),
         ("--xtra 1", "there is no option --xtra"),
-        ("--epochs 0", "epochs is 0; it must be at least 1"),
-        ("--epochs -1", "epochs is -1; it must be at least 1"),
         ("--epochs abc", "argument --epochs: invalid number: 'abc'"),
-        ("--epochs 3 --peak_epoch 5", "peak_epoch is 5; it must be at most epochs, 3"),
-        ("--peak_epoch 25", "peak_epoch is 25; it must be at most epochs, 24"),
-        ("--peak_epoch 0", "peak_epoch is 0.0; it must be above 0"),
-        ("--batch_size 0", "batch_size is 0; it must be at least 1"),
-        ("--batch_size -4", "batch_size is -4; it must be at least 1"),
         ("--batch_size 1000", "batch_size is 1000, above the 48 training images"),
-        ("--lr_max 0", "lr_max is 0.0; it must be above 0"),
-        ("--lr_max -0.1", "lr_max is -0.1; it must be above 0"),
-        ("--lr_max nan", "lr_max is nan; it must be above 0"),
-        ("--lr_max inf", "lr_max is inf; it must be above 0"),
-        ("--lr_max 0.1 --lr_min 0.2", "lr_min is 0.2; it must be at most lr_max, 0.1"),
-        ("--norm group", "invalid choice: 'group'"),
-        ("--precision fp64", "invalid choice: 'fp64'"),
         ("--precision fp16", "precision is 'fp16'; on cpu it must be auto, fp32 or bf16"),
         ("--device cuda", "device is 'cuda', and PyTorch finds none here"),
-        ("--device tpu", "invalid choice: 'tpu'"),
-        ("--valid none", "invalid choice: 'none'"),
         ("--recipe quick", "invalid choice: 'quick'"),
         ("--data cifra10", "there is no cifra10; --data takes auto, cifar10, digits"),
         ("--data ~nobody-of-this-name/images", "can't be read"),
-        ("--clip -1", "clip is -1.0; it must be at least 0"),
-        ("--l1 nan", "l1 is nan; it must be at least 0"),
-        ("--seed -1", "seed is -1; it must be at least 0"),
-        ("--seed 4294967296", "at most 4294967295"),
-        ("--width 0", "width is 0; it must be at least 1"),
-        ("--width 300000", "width is 300000; it must be at least 1 and at most 4096"),
-        ("--epochs 1000000", "epochs is 1000000; it must be at least 1 and at most 99999"),
-        ("--lr_max 1e300", "lr_max is 1e+300; it must be above 0 and at most 1e+30"),
-        ("--recipe fast --lr_min 0.8", "lr_min is 0.8; it must be at most lr_max, 0.5"),
         ("epochs 3", "options begin with --"),
         ("--runs_dir file", "choose another --runs_dir"),
         ("--runs_dir file/below --data no_images", "file is no folder to write to; choose another --runs_dir"),
         ("--runs_dir . --name file --data no_images", "file exists already; choose another --name"),  # before decoding
         ("--runs_dir /proc/runs", "choose another --runs_dir"),
-        ("--name a/b", "plain folder name"),
-        ("--name ..", "plain folder name"),
-        (f"--name {'x' * 300}", "plain folder name"),
         ("--resume nowhere", "nowhere is not the folder of a run"),
         ("--resume file", "file is not the folder of a run"),
         ("--resume last", "runs holds no run"),
@@ -307,15 +279,6 @@ def test_a_channel_that_is_the_same_everywhere(tmp_path):
         pixels[:, :, 2] = 0
         Image.fromarray(pixels).save(file)
     works(images, tmp_path)
-
-
-def test_other_files_are_ignored(tmp_path):
-    images = make_images(tmp_path / "images")
-    for name in (".hidden.png", "Thumbs.db", ".DS_Store", "notes.txt"):
-        (images / "train/ring" / name).write_text("no image")
-    (images / "train/.git").mkdir()
-    (images / "train/ring/folder.png").mkdir()
-    assert "48 training and" in works(images, tmp_path)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from model import ResBlock, ResNet
+from model import NORMS, ResBlock, ResNet
 
 
 def rows(model: nn.Module) -> list[tuple[str, list[int], int]]:
@@ -63,9 +63,9 @@ def test_layer_norm_replaces_every_normalization():
     assert len(groups) == 8 and all(m.num_groups == 1 for m in groups)
 
 
-def test_group_norm_with_one_group_is_layer_norm():
+def test_the_norm_layer_is_layer_norm():
     x = torch.randn(2, 8, 4, 4)
-    torch.testing.assert_close(nn.GroupNorm(1, 8)(x), nn.functional.layer_norm(x, x.shape[1:]))
+    torch.testing.assert_close(NORMS["layer"](8)(x), nn.functional.layer_norm(x, x.shape[1:]))
 
 
 def test_res_block_adds_its_input():

@@ -226,12 +226,7 @@ def test_a_table_with_splits(flat, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([("file", "class"), ("a.png", "x")], "has the columns file, class; say which one names existing images"),
-        ([("image", "label"), ("a.png", "x"), ("b.png", " ")], "line 3: label is ''; it is empty"),
-        ([("image", "label"), ("a.png", "x"), ("a.png", "y")], "line 3: image is 'a.png'; it is there twice"),
         ([("image", "label"), ("a.png", "x"), ("./a.png", "y")], "line 3: image is './a.png'; it is there twice"),
-        ([("image", "label"), ("a.png", "x", ""), ("b.png", "y", "")], "has rows longer than its first line; name"),
-        ([("image", "label", "split"), ("a.png", "x", "dev")], "line 2: split is 'dev'; it must be train"),
         ([("image", "label"), ("a.png", "x"), ("b.png", "x")], "images of one class only, x"),
         (
             [("image", "label"), ("a.png", "x"), ("b.png", "y")],
@@ -239,8 +234,6 @@ def test_a_table_with_splits(flat, tmp_path):
         ),
         ([("image", "label", "split"), ("a.png", "x", "test")], "images of one class only, x"),
         ([("label",), ("x",), ("y",)], "has the columns label; say which one names existing images"),
-        ([("category",), ("x",), ("y",)], "has the columns category; say which one names existing images"),
-        ([], "can't be read as a table"),
     ],
 )
 def test_wrong_tables(tmp_path, rows, says):

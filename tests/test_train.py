@@ -115,16 +115,6 @@ def test_the_same_command_gives_the_same_weights_and_another_does_not(shapes, tm
     assert not (tmp_path / "here/a/lr_find.csv").exists()  # a given rate needs no finder
 
 
-def test_help_explains_each_option_with_its_default(tmp_path):
-    done = command("train.py", "--help", cwd=tmp_path)
-    text = " ".join(done.stdout.split())
-    options = re.findall(r"--([a-z0-9-]+)", text.split("options:")[1])
-    assert {"data", "epochs", "peak-epoch", "batch-size", "seed", "lr-max", "lr-min", "norm", "precision"} <= set(
-        options
-    )
-    assert text.count("(default: ") >= 17
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "by", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
 def test_a_run_that_is_stopped_says_how_to_resume_and_does(shapes, tmp_path, number, by, status):

@@ -64,6 +64,7 @@ def test_files_that_are_ignored_are_counted(folder, capsys):
         file.parent.mkdir(exist_ok=True)
         file.write_text("x")
     (folder / "train/cross/.cache").mkdir()
+    (folder / "train/cross/folder.png").mkdir()
     (folder / "train/stray.png").write_text("x")
     (folder / "test/readme.md").write_text("x")
     ImageTable(folder)

@@ -14,7 +14,7 @@ EVIL = "<script>alert(1)</script>".replace("/", "∕")  # a slash can't be in a 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The report of a run with class names that must be escaped, and of its model on other images."""
+    """The report of a run with class names that must be escaped."""
     cwd = tmp_path_factory.mktemp("cwd")
     folder = make_images(cwd / "images", classes=("ring", f'{EVIL}"&', "a long name of a class " * 3))
     short = ("--epochs", 1, "--peak_epoch", 0.5, "--batch_size", 8, "--width", 4, "--name", "run")

@@ -240,11 +240,6 @@ def test_curves_plot():
     check_figure()
 
 
-def test_confusion_plot(interp):
-    plot_confusion(interp)
-    check_figure()
-
-
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_curves_of_few_epochs(tmp_path, epochs):
     for name in ("history.csv", "batches.csv"):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fastai.callback.core import Callback
 from torch import nn
 
 from cifar10.training.learner import precision_callbacks
@@ -53,17 +52,6 @@ def test_a_training_is_the_same_and_leaves_the_model_as_it_was(digits):
         losses.append(torch.stack(learn.recorder.step_losses))
         assert {type(m) for m in learn.model.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
     torch.testing.assert_close(*losses, rtol=0, atol=1e-4)
-
-
-def test_an_interrupted_training_leaves_no_strips_behind_the_next_one(digits):
-    def interrupt(self):
-        raise KeyboardInterrupt
-
-    learn = get_learner(get_dls("digits", device="cpu"), width=4, precision="fp32", cbs=Strips())
-    with pytest.raises(KeyboardInterrupt):
-        learn.fit(1, 0.01, cbs=Callback(after_batch=interrupt))
-    learn.fit(1, 0.01)
-    assert {type(m) for m in learn.model.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
 
 
 def test_they_are_for_bf16_on_a_cpu_with_amx(monkeypatch):

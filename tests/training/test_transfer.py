@@ -285,7 +285,6 @@ def test_it_resumes_exactly_without_the_run_that_it_started_from(finished, check
             ("--weights", "nowhere"),
             "weights is nowhere, which is neither the folder of a finished run nor its model.safetensors; give either",
         ),
-        (("--width", "8", "--recipe", "fast"), "the weights are of a model with width 4, not 8; give --width 4"),
         (("--width", "8"), "the weights are of a model with width 4, not 8; give --width 4"),
     ],
 )

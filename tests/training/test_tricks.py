@@ -8,7 +8,7 @@ from conftest import small
 from fastai.vision.all import Callback, MixedPrecision, set_seed
 from torch import nn
 
-from cifar10.recipes import ASSIGNMENT, RECIPES
+from cifar10.recipes import ASSIGNMENT
 from cifar10.training.tricks import count_flop
 from model import ResNet
 from train import get_learner
@@ -83,18 +83,6 @@ def test_layers_are_frozen_from_their_part_on_and_afterwards_as_before(dls):
     assert changed == {"layer2", "layer3", "fc"}
 
 
-def test_after_an_interrupted_training_the_next_one_trains_all_layers(dls):
-    def interrupt(self):
-        raise KeyboardInterrupt
-
-    learn = small(dls, freeze=(("layer1", 0.5),))
-    with pytest.raises(KeyboardInterrupt):
-        learn.fit(1, 0.01, cbs=Callback(after_epoch=interrupt))
-    look = Look(lambda learn: learn.model.layer1[0].weight.requires_grad)
-    learn.fit(1, 0.01, cbs=look)
-    assert look.seen[0] and not look.seen[-1]
-
-
 def test_the_operations_of_the_whole_model():
     """As by hand: two for each multiply-add, three times, but no gradient of the images."""
     model, macs = ResNet(), 0
@@ -124,14 +112,6 @@ def test_operations_are_counted_by_size_and_by_what_is_trained(dls):
     learn.validate()
     learn.get_preds()
     assert learn.recorder.flop == 0  # training only
-
-
-@pytest.mark.parametrize("recipe", ["fast", "faster"])
-def test_images_grow(dls, recipe):
-    learn = get_learner(dls, RECIPES[recipe], width=4, precision="fp32")
-    learn.fit(10, 0.1, cbs=[look := Look(lambda learn: learn.x.shape[-1])])
-    expected = [RECIPES[recipe].side(step / 30) for step in range(30)]
-    assert look.seen == expected and sorted({*look.seen}) == [24, 28, 32]
 
 
 def test_tricks_are_absent_if_the_recipe_does_without(dls):
