@@ -100,7 +100,7 @@ def build(classifier: ImageClassifier, folder: Path):
             with gr.Column():
                 file = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="image",
                                 height=DISPLAY_SIDE)  # fmt: skip
-                file.preprocess = lambda photo: photo.path if photo else None  # `open_image` takes the file as it is
+                file.preprocess = lambda photo: photo.path if photo else None  # `explain` takes the file as it is
                 topk = gr.Slider(1, many, min(3, many), step=1, label="Classes to show", elem_id="topk")
                 if examples:
                     gr.Examples(examples, file, label="Images that the model has not been trained on")

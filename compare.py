@@ -30,13 +30,12 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from cifar10.errors import UserError
-from cifar10.files import read_csv, save_figure
-from cifar10.interpretation import markdown_table, shorten_middle
+from cifar10.files import read_csv, read_json, save_figure
+from cifar10.interpretation import NOTEBOOK_LOG, markdown_table, shorten_middle
 from cifar10.options import Options as TrainOptions
 from cifar10.recipes import ASSIGNMENT
 from cifar10.runs import find_run
 
-LOG = Path(__file__).parent / "results/notebook/log.csv"
 NOTEBOOK = "the assignment's notebook"
 ZOOM = 5  # percentage points on either side of the best final accuracy, in the right half of the plot
 # Options that may differ within a row, and the one whose meaning is in the recipe.
@@ -48,7 +47,7 @@ def load(folder: str | Path) -> dict:
     """What a finished run says about itself. Raises `UserError` if it does not."""
     path = Path(folder)
     try:
-        config, metrics = (json.loads((path / f"{name}.json").read_text("utf-8")) for name in ("config", "metrics"))
+        config, metrics = (read_json(path / f"{name}.json") for name in ("config", "metrics"))
         history = pd.DataFrame(read_csv(path / "history.csv")).set_index("epoch")
         options = vars(TrainOptions()) | config["options"]
         # Of an older run, what there was no setting for yet is as in the assignment.
@@ -87,7 +86,7 @@ def curves(runs: list[dict]) -> list[tuple[str, pd.DataFrame]]:
     """Names, and valid and train accuracy in percent by epoch: of each run, and of the notebook if comparable."""
     drawn = [(run["name"], run["accuracies"]) for run in runs]
     if all((run["data"], run["settings"]["valid"]) == ("cifar10", "test") for run in runs):
-        log = pd.DataFrame(read_csv(LOG)).set_index("epoch")
+        log = pd.DataFrame(read_csv(NOTEBOOK_LOG)).set_index("epoch")
         drawn.append((NOTEBOOK, log[["test_accuracy_percent", "train_accuracy_percent"]]))
     return drawn
 

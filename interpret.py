@@ -27,14 +27,13 @@ class Options:
 if __name__ == "__main__":
     typed = cli.start(Options)  # before what takes seconds to import: a mistake is answered at once
 
-import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from cifar10.data import ImageTable, Reading, build_dls, eval_split_name
 from cifar10.errors import UserError
-from cifar10.files import write_json
+from cifar10.files import read_json, write_json
 from cifar10.interpretation import write_report
 from cifar10.runs import Run, home_relative
 from cifar10.training import build_learner
@@ -97,7 +96,7 @@ def free_folder(folder: Path, data: str) -> Path:
     name, number = folder.name, 1
     while (file := folder / "metrics.json").is_file():
         with suppress(ValueError, AttributeError):  # the file is damaged
-            if json.loads(file.read_text("utf-8")).get("data", data) == data:
+            if read_json(file).get("data", data) == data:
                 break
         folder, number = folder.with_name(f"{name}-{number}"), number + 1
     return folder

@@ -17,10 +17,10 @@ from pathlib import Path
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner  # noqa: F401 (for a REPL)
 
 from augment import Cutout, FlipLR, RandomCrop
-from cifar10.data import SIZE, ImageTable, Reading, build_dls, with_stats
+from cifar10.data import ImageTable, Reading, build_dls, with_stats
 from cifar10.errors import UserError
 from cifar10.interpretation import ImageClassifier, report_run
-from cifar10.recipes import RECIPES, Recipe
+from cifar10.recipes import RECIPES, REFERENCE_SIDE, Recipe
 from cifar10.runs import Session
 from cifar10.training import ValidateLast, build_learner, find_lrs, fit_head, init_pretrained, initialize
 from model import ResNet, split_by_depth
@@ -40,7 +40,7 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
     recipe = replace(recipe, **changes | ({"batch_size": bs} if bs else {}))
     if recipe.batch_size > (count := len(images.split_rows(valid)[0])):
         raise UserError(f"batch_size is {recipe.batch_size}, above the {count:,} training images; lower it")
-    padding, cutout = (pixels * images.size // SIZE for pixels in (recipe.crop_padding, recipe.cutout))
+    padding, cutout = (pixels * images.size // REFERENCE_SIDE for pixels in (recipe.crop_padding, recipe.cutout))
     transforms = [
         RandomCrop(images.size, padding=padding, pad_mode=recipe.crop_mode),
         *([FlipLR()] if recipe.flip else []),

@@ -23,7 +23,7 @@ from cifar10 import cli
 from cifar10.cli import OutputFile
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
-from cifar10.files import write_json
+from cifar10.files import read_json, write_json
 from cifar10.hardware import collect_env
 from cifar10.interpretation import markdown_table
 from cifar10.recipes import RECIPES, Recipe, choices
@@ -160,9 +160,9 @@ def is_same(before: dict[str, Any], recipe: Recipe, sha256: str) -> bool:
         return False
 
 
-def read_json(file: str | None) -> dict[str, Any]:
+def read_results(file: str | None) -> dict[str, Any]:
     """What a file of results holds, if it is there."""
-    return json.loads(Path(file).read_text("utf-8")) if file and Path(file).is_file() else {}
+    return read_json(Path(file)) if file and Path(file).is_file() else {}
 
 
 def main(
@@ -177,7 +177,7 @@ def main(
     images = ImageTable.open(data)  # decoded here, before all processes need them
     train_images = len(images.split_rows("holdout")[0])
     base = RECIPES[recipe].adapted(train_images, **dict(images.defaults) | dict(validate="last") | changes)
-    results = read_json(out)
+    results = read_results(out)
     name, data_set = f"{recipe}-{width}", dict(name=images.name, sha256=images.hash)
     before = results.get(name, dict(changes={}, runs={}))
     if name in results and not is_same(before, base, images.hash):
@@ -202,7 +202,7 @@ def main(
                 runs[title][seed] = training.result()
                 print(f"{done} of {len(trainings)}: {title}, seed {seed}, {runs[title][seed]['accuracy']:.2%}")
                 if out:
-                    write_json(Path(out), read_json(out) | {name: found})  # which others may have written to
+                    write_json(Path(out), read_results(out) | {name: found})  # which others may have written to
         except BaseException:
             pool.shutdown(cancel_futures=True)  # or the others would still be trained before the error is seen
             raise

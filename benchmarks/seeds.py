@@ -15,7 +15,7 @@ from benchmarks.steps import now
 from cifar10 import cli
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
-from cifar10.files import write_json
+from cifar10.files import read_json, write_json
 from cifar10.hardware import collect_env
 from cifar10.interpretation.metrics import fit_temperature, log_probabilities, with_temperature
 from cifar10.interpretation.predictions import Interpretation, tta_accuracy
@@ -56,7 +56,7 @@ def nll(interp: Interpretation) -> float:
 
 def is_of(folder: Path, **about) -> bool:
     """Whether the result in a folder is of these settings."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     config["recipe"] = asdict(Recipe.from_json(config["recipe"]))  # with the fields that were added since
     return all(config.get(name) == value for name, value in about.items())
 

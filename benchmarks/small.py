@@ -6,7 +6,6 @@ give, its regularization chosen by cross-validation on the training images; `scr
 `plain` is a plain fastai Learner with the same model and PyTorch's initialization, for as many steps as `scratch`.
 """
 
-import json
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks.ablation import read_results
 from benchmarks.seeds import train_once
 from cifar10 import cli
 from cifar10.cli import OutputFile
@@ -110,7 +110,7 @@ def main(
     "Compare fine-tuning and training from scratch on small data sets."
     if unknown := {*models.split(",")} - {*MODELS}:
         raise UserError(f"models has {enumerate_names(sorted(unknown))}; it may have {', '.join(MODELS)}")
-    results: dict[str, Any] = json.loads(Path(out).read_text("utf-8")) if out and Path(out).is_file() else {"sets": {}}
+    results = read_results(out) or {"sets": {}}
     for path in data:
         images = ImageTable.open(path, size=size)
         name = images.name if size == 32 else f"{images.name}, {size} pixels"

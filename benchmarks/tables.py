@@ -3,7 +3,6 @@
 A table is between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a function in `TABLES`.
 """
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from benchmarks import small as small_sets
 from benchmarks.seeds import is_of
 from cifar10 import cli
 from cifar10.errors import UserError
-from cifar10.files import read_csv, write
+from cifar10.files import read_csv, read_json, write
 from cifar10.interpretation.report import CIFAR10_SHA256, markdown_table
 from cifar10.options import Options
 from cifar10.recipes import RECIPES
@@ -34,8 +33,8 @@ RUNS = {  # folder in results/ → recipe, what was typed besides it, and the ve
 }
 
 
-def read_json(name: str):
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def result(name: str):
+    return read_json(RESULTS / name)
 
 
 def runs_of(folder: str) -> list[dict]:
@@ -46,18 +45,18 @@ def runs_of(folder: str) -> list[dict]:
     for seed in seeds:
         if not is_of(seed, **about):
             raise UserError(f"{seed} is not of today's recipe, at full width, on CIFAR-10's test split; move it away")
-    return [read_json(f"{folder}/metrics.json"), *(read_json(f"seeds/{seed.name}/metrics.json") for seed in seeds)]
+    return [result(f"{folder}/metrics.json"), *(result(f"seeds/{seed.name}/metrics.json") for seed in seeds)]
 
 
 def petaflops(metrics: dict) -> float:
     """PFLOP of a training run; older runs counted images only."""
     images = metrics["images_per_second"] * metrics["seconds_training"] if "pflop" not in metrics else 0
-    return metrics["pflop"] if "pflop" in metrics else images * read_json("speed.json")["flops_per_image"] / 1e15
+    return metrics["pflop"] if "pflop" in metrics else images * result("speed.json")["flops_per_image"] / 1e15
 
 
 def results() -> str:
     """Each committed run on CIFAR-10, and the assignment's notebook."""
-    rows, rate = [], read_json("speed.json")["model_flops_per_second"]
+    rows, rate = [], result("speed.json")["model_flops_per_second"]
     for folder, (name, options, version) in RUNS.items():
         metrics = runs_of(folder)
         pflop = mean(map(petaflops, metrics))
@@ -113,7 +112,7 @@ def options() -> str:
 
 def speed() -> str:
     """The CPU benchmark."""
-    found, overhead = read_json("speed.json"), read_json("overhead.json")
+    found, overhead = result("speed.json"), result("overhead.json")
     rows = [
         ["training speed against a plain PyTorch loop: fp32, contiguous, torchvision's transforms in two workers",
          f"{found['times_plain']:.2f}×"],
@@ -135,19 +134,19 @@ def scale() -> str:
     rows = [
         [row["processes"], f"{row['speedup']:.2f}×", f"{row['loading'] / row['step']:.1%}",
          f"{row['reducing'] / row['step']:.1%}" if row["reducing"] else ""]
-        for row in read_json("scale.json")["seconds"]
+        for row in result("scale.json")["seconds"]
     ]  # fmt: skip
     return markdown_table(["processes", "speed", "loading", "all-reduce"], rows, right=4)
 
 
 def ablation() -> str:
     """What a recipe gains or loses with one thing changed."""
-    return "\n\n".join(map(ablations.table, read_json("ablation.json").values()))
+    return "\n\n".join(map(ablations.table, result("ablation.json").values()))
 
 
 def small() -> str:
     """Small data sets."""
-    return small_sets.table(read_json("small.json"))
+    return small_sets.table(result("small.json"))
 
 
 TABLES = {function.__name__: function for function in (results, recipes, options, speed, scale, ablation, small)}

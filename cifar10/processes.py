@@ -20,6 +20,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from cifar10 import signals
 from cifar10.errors import UserError
 from cifar10.signals import ignore_signals, is_distributed, is_first_to_fail
+from cifar10.text import plural
 
 T = TypeVar("T")
 NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, too
@@ -74,7 +75,7 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     if cuda:
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes > gpus:
-            raise UserError(f"there are {processes} processes and {gpus} GPU{'s' * (gpus > 1)}; start one for each GPU")
+            raise UserError(f"there are {processes} processes and {plural(gpus, 'GPU')}; start one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif device in ("auto", "mps") and torch.backends.mps.is_available():
         raise UserError("several processes can't share an Apple GPU; use one process, or --device cpu")

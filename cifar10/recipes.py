@@ -6,6 +6,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from cifar10.errors import UserError
+from cifar10.text import plural
 
 
 class Bounds(NamedTuple):
@@ -148,7 +149,7 @@ class Recipe:
 
     def describe_cycle(self) -> str:
         """The cycle, once its learning rates are known: `5 epochs, batches of 512, learning rate 0.1 → 0.5 …`."""
-        epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}, batches of {self.batch_size}"
+        epochs = f"{plural(self.epochs, 'epoch')}, batches of {self.batch_size}"
         end = 0 if self.annihilate else self.lr_min
         return (
             f"{epochs}, learning rate {self.lr_min:.2g} → {self.lr_max:.2g} at epoch {self.peak_epoch:.3g} → {end:.2g}"

@@ -1,7 +1,6 @@
 """The cache of decoded images: a file of uint8 pixels, which may be larger than memory, and its state in JSON."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +16,7 @@ from torch import Tensor
 from cifar10.data.decode import SIZE, Decoded, ValueRanges, decode_files, full_range
 from cifar10.data.listing import Item, Listing
 from cifar10.data.sources import fastai_home, short_hash, short_name
-from cifar10.files import replacing, write_json
+from cifar10.files import read_json, replacing, write_json
 
 IN_MEMORY = 2**30  # bytes; larger sets of images stay on disk
 AT_ONCE = 2**27  # bytes to read or decode in one go
@@ -91,7 +90,7 @@ def decode_once(
 
 def load(path: Path, key: str, listing: Listing, size: int) -> tuple[PixelFile, dict[str, Any]] | None:
     with suppress(OSError, LookupError, TypeError, ValueError):  # there is no cache, or a damaged one
-        state = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        state = read_json(path.with_suffix(".json"))
         pixels = PixelFile(path, size)
         # The checksum also shows whether two processes wrote one of the files each.
         if state["fingerprint"] == key and state["sha256"] == digest(listing.without(state["broken"]), pixels):

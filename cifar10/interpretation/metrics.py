@@ -69,14 +69,14 @@ def calibration_error(preds: Tensor, targs: Tensor) -> float:
     return float(np.average((bins.confidence - bins.accuracy).abs(), weights=bins.images))
 
 
-def calibration_error_by_chance(preds: Tensor, draws: int = 200) -> float:
+def calibration_error_by_chance(preds: Tensor) -> float:
     """The calibration error that only 5% of perfectly calibrated models exceed if they give these probabilities.
 
-    With few images it is large, because each bin has few of them.
+    With few images it is large, because each bin has few of them. It is estimated from 200 such models.
     """
     confidence, rng = preds.amax(dim=1), np.random.default_rng(0)
     bins, probability = bin_numbers(confidence), confidence.double().numpy()
-    drawn = ((rng.random(len(bins)) < probability) - probability for _ in range(draws))
+    drawn = ((rng.random(len(bins)) < probability) - probability for _ in range(200))
     errors = [np.abs(np.bincount(bins, differences)).sum() / len(bins) for differences in drawn]
     return float(np.quantile(errors, 0.95))
 

@@ -17,6 +17,7 @@ from cifar10.interpretation.fonts import display_names, fonts_for, shorten_middl
 from cifar10.interpretation.gradcam import GRADCAM_LAYERS, grad_cam
 from cifar10.interpretation.metrics import BINS, calibration_error, reliability, wilson
 from cifar10.interpretation.predictions import Interpretation
+from cifar10.text import plural
 
 N_MISCLASSIFIED = 20  # the assignment asks for 20
 N_GRADCAM = 10  # of them get a Grad-CAM
@@ -55,7 +56,7 @@ def plot_curves(folder: Path):
     lr.grid(alpha=0.3)
     lr.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     final, epochs = history["valid_accuracy"][-1], len(history["epoch"])
-    figure.suptitle(f"Training: valid accuracy {final:.2%} after {epochs} epoch{'s' * (epochs > 1)}")
+    figure.suptitle(f"Training: valid accuracy {final:.2%} after {plural(epochs, 'epoch')}")
 
 
 @with_fonts

@@ -26,7 +26,7 @@ from cifar10.runs.run import Run
 from cifar10.text import plural, printable
 
 N_SUSPECTS, N_EXAMPLES = 20, 10
-NOTEBOOK = Path(__file__).parents[2] / "results/notebook/log.csv"  # of the assignment
+NOTEBOOK_LOG = Path(__file__).parents[2] / "results/notebook/log.csv"  # of the assignment
 CIFAR10_SHA256 = "2ebad64464aa84e29315dc092b00cf79fb98223a601e0112bf2a17411e9908bc"  # `ImageTable.hash` of CIFAR-10
 PLOTS = {  # file → what draws it from the predictions (the others are drawn in training), its title, its caption
     "lr_find": (None, "LR finder", "Loss while the learning rate rises, and the learning rates chosen from it."),
@@ -155,9 +155,9 @@ def statements(run: Run, metrics: dict[str, Any], own: bool) -> str:
     ]
     if "tta_accuracy" in metrics:
         said.insert(0, f"The accuracy with test-time augmentation is {metrics['tta_accuracy']:.2%}.")
-    if own and run.sha256 == CIFAR10_SHA256 and run.options.valid == "test" and NOTEBOOK.is_file():
+    if own and run.sha256 == CIFAR10_SHA256 and run.options.valid == "test" and NOTEBOOK_LOG.is_file():
         said.append(
-            f"The accuracy of the assignment's notebook is {read_csv(NOTEBOOK)['test_accuracy_percent'][-1]:.2f}%."
+            f"The accuracy of the assignment's notebook is {read_csv(NOTEBOOK_LOG)['test_accuracy_percent'][-1]:.2f}%."
         )
     return "\n".join(f"- {sentence}" for sentence in said if sentence)
 
@@ -229,7 +229,7 @@ def facts(run: Run, metrics: dict[str, Any]) -> str:
 
 
 def as_page(markdown: str, folder: Path) -> str:
-    """A report in Markdown as a web page that holds the pictures of the folder and loads nothing from a server."""
+    """A report in Markdown as a web page that holds the plots of the folder and loads nothing from a server."""
 
     def embed(source: re.Match) -> str:
         return f'src="data:image/png;base64,{base64.b64encode((folder / source[1]).read_bytes()).decode()}"'

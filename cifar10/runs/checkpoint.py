@@ -11,7 +11,7 @@ from torch import Tensor
 from cifar10.errors import CorruptFileError, UserError
 from cifar10.files import load_tensors, save_tensors
 from cifar10.processes import on_rank0
-from cifar10.runs.run import Run
+from cifar10.runs.run import CHANGEABLE, Run
 from cifar10.training.randomness import random_states, set_random_states
 
 KEEP = 2  # checkpoints, so that there is another one if the newest is damaged
@@ -101,11 +101,9 @@ class SaveCheckpoint(Callback):
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What has to be the same in all checkpoints of a run: all but where the images are."""
+    """What has to be the same in all checkpoints of a run."""
     same = {name: run.config.get(name) for name in ("format", "recipe", "model", "data", "lr_min", "lr_max")}
-    options = {
-        name: value for name, value in run.config["options"].items() if name not in ("data", "images", "timeout")
-    }
+    options = {name: value for name, value in run.config["options"].items() if name not in CHANGEABLE}
     return same | {"options": options}
 
 

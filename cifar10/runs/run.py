@@ -19,7 +19,16 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from cifar10.errors import Stopped, UserError, WriteError
-from cifar10.files import LEFTOVERS, acquire, load_tensors, remove_leftovers, save_tensors, write_csv, write_json
+from cifar10.files import (
+    LEFTOVERS,
+    acquire,
+    load_tensors,
+    read_json,
+    remove_leftovers,
+    save_tensors,
+    write_csv,
+    write_json,
+)
 from cifar10.hardware import collect_env
 from cifar10.options import Options
 from cifar10.processes import from_rank0, host_count, launch_command, launch_id, on_rank0, stopped_by
@@ -28,6 +37,7 @@ from cifar10.signals import ignore_signals, is_distributed
 
 FORMAT = 3  # of config.json, the weights and the checkpoints; raise it when this code can no longer read older files
 WEIGHTS = "model.safetensors"
+CHANGEABLE = ("data", "images", "timeout")  # options that may change when a run is resumed
 PRETRAINED = "pretrained.safetensors"  # a copy of the weights that the run started from, with which it can be resumed
 HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
 
@@ -76,7 +86,7 @@ class Run:
         path = find_run(path, runs_dir)
         file = path / "config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file)
             if config.get("format", 1) == FORMAT:
                 return cls(path, config)
         except OSError:
@@ -93,7 +103,7 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         """What metrics.json says, which a finished run has."""
-        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8")) if self.is_finished else {}
+        return read_json(self.path / "metrics.json") if self.is_finished else {}
 
     def check_options(self, typed: dict[str, Any]) -> Options:
         """The options to resume with. Raises `UserError` if one of the `typed` ones would change the result."""
@@ -103,10 +113,10 @@ class Run:
         started_with = {name: value for name, value in vars(self.options).items() if value is not None}
         known = asdict(self.recipe) | started_with | {"name": self.path.name, "recipe": self.recipe.name}
         for name, value in typed.items():
-            if name not in ("data", "images", "resume", "runs_dir", "timeout") and value != known.get(name):
+            if name not in (*CHANGEABLE, "resume", "runs_dir") and value != known.get(name):
                 was = f"with {name}={known[name]}" if name in known else "without it"
                 raise UserError(f"can't change --{name} on resume: this run was started {was}")
-        return replace(self.options, **{name: typed[name] for name in ("data", "images", "timeout") if name in typed})
+        return replace(self.options, **{name: typed[name] for name in CHANGEABLE if name in typed})
 
     def check_data(self, learn: Learner):
         """Raise `UserError` unless the Learner has the images that the run was started with."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from cifar10 import signals
 from cifar10.errors import Stopped, UserError
 from cifar10.recipes import Recipe
-from cifar10.text import duration
+from cifar10.text import duration, plural
 from cifar10.training.lr_finder import sweep_steps
 
 SYNC_EVERY = 50  # steps on a GPU: reading a number makes the host wait until the GPU is done
@@ -193,7 +193,7 @@ class TimeEstimate(Callback):
             self.report(step, epochs, step * float(training + validation))
 
     def report(self, step: float, epochs: int, seconds: float):
-        what = f"{epochs} epoch{'s' * (epochs > 1)}" + " and the LR finder" * (self.recipe.lr_max is None)
+        what = plural(epochs, "epoch") + " and the LR finder" * (self.recipe.lr_max is None)
         message = f"{what} will take about {duration(seconds)} ({1000 * step:.0f} ms per step)."
         short = 1 + epochs // 8
         on_cpu, by_assignment = torch.device(self.dls.device).type == "cpu", self.recipe.name == "assignment"

@@ -42,8 +42,8 @@ class Muon(Optimizer):
     about that norm, too, so `lr` × `lr_scale` is the relative size of a step. All other parameters follow
     `torch.optim.SGD(nesterov=True)`. `weight_decay` is for weights only: neither for parameters with one dimension
     (biases and normalization layers) nor for rescaled ones. Parameter groups play no part in this, because fastai uses
-    them for freezing and discriminative learning rates. `lr_scales` are factors for the learning rates of single
-    parameters. `dtype` is that of the large matrix products.
+    them for freezing and discriminative learning rates. `dtype` is that of the large matrix products. Assign
+    `lr_scales` for factors of the learning rates of single parameters.
 
     `hypers` holds `lr`, `mom` and `wd` of each group under fastai's names, `state[p]["momentum_buffer"]` the momentum.
 
@@ -51,12 +51,12 @@ class Muon(Optimizer):
     record, which rescales the weights as well. `torch.optim.Muon` takes matrices only.
     """
 
+    lr_scales: Mapping[Tensor, float] = {}
+
     def __init__(self, params, lr: float = 0.3, momentum: float = 0.9, weight_decay: float = 0.0,
-                 use_muon: bool = True, lr_scale: float = 1.0, ns_steps: int = 3,
-                 lr_scales: Mapping[Tensor, float] | None = None, dtype=torch.float32):  # fmt: skip
+                 use_muon: bool = True, lr_scale: float = 1.0, ns_steps: int = 3, dtype=torch.float32):  # fmt: skip
         super().__init__(params, cbs=(), lr=lr, mom=momentum, wd=weight_decay)
         self.use_muon, self.lr_scale, self.ns_steps, self.dtype = use_muon, lr_scale, ns_steps, dtype
-        self.lr_scales = dict(lr_scales or {})
 
     def zero_grad(self):
         """Free the gradients; filling them with zeros, as fastai does, would make the backward pass add to them."""
