@@ -1,7 +1,7 @@
 """The assignment's training transforms, RandomCrop → FlipLR → Cutout, each on a whole batch at once.
 
-A transform draws one random number per image on the batch's own device, from torch's generator there, so
-`torch.manual_seed` makes it repeatable. Validation batches pass untouched (`split_idx = 0`). The orders put the crop
+A transform draws its random numbers for all images at once, on the batch's own device and from torch's generator there,
+so `torch.manual_seed` makes it repeatable. Validation batches pass untouched (`split_idx = 0`). The orders put the crop
 and the flip before fastai's `IntToFloatTensor` (10), where a batch is a quarter of the size, and Cutout after
 `Normalize` (99), where the data set's mean is 0.
 """

@@ -1,7 +1,7 @@
 """Export a finished run to run elsewhere: `python export.py RUN --onnx model.onnx`, `--torch model.pt2` or `--web DIR`.
 
 The files take uint8 images `(N, 3, size, size)`, any number at a time, and return probabilities `(N, classes)`. The
-class names, and the temperature of the probabilities, are in the metadata. The folder is a web page without a server.
+class names, and the temperature of the probabilities, are in the metadata. `--web` writes a page that needs no server.
 """
 
 from dataclasses import dataclass

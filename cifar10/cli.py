@@ -1,7 +1,8 @@
 """Shared command-line behavior of all scripts: errors in one sentence, exit statuses, signals, progress bars.
 
-A script reads its options with `start` before it imports what takes seconds, so that a mistake is answered at once, and
-passes them on with `run`. Exit statuses: 0 for success, 2 for an error, and those of `STATUS`.
+A script reads its options with `start` before it imports what takes seconds, so that errors appear at once, and passes
+them on with `run`. Exit statuses: 0 for success, 1 if predict.py can't read some of the images, 2 for an error, and
+those of `STATUS`.
 """
 
 import errno

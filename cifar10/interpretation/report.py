@@ -137,8 +137,9 @@ def calibration(metrics: dict[str, Any], label_smoothing: float) -> str:
         return f"{said}: the probabilities are too high, {average}."
     said += f": the probabilities are too low, {average}."
     if label_smoothing:
-        # It trains for a probability of 1 - label_smoothing, and a little more.
-        cause = "makes them so" if difference <= label_smoothing else "is one cause, perhaps a short training another"
+        # It trains for a probability of 1 - label_smoothing, and a little more; images that are hard add to it.
+        smoothed = difference <= 1.5 * label_smoothing
+        cause = "makes them so" if smoothed else "is one cause, perhaps a short training another"
         said += f" Label smoothing {cause}; the loss and this error look worse than the model is."
     return said
 

@@ -84,7 +84,7 @@ def photo(rng, width: int, height: int) -> Image.Image:
 
 
 def make_photos(folder):
-    """Twenty files: formats, colors, orientations, transparency, sizes and shapes."""
+    """Files of all formats that browsers read: colors, orientations, transparency, sizes and shapes."""
     rng = np.random.default_rng(0)
     make = functools.partial(photo, rng)
     exif = Image.Exif()
@@ -123,6 +123,9 @@ def make_photos(folder):
             ("phone.jpg", make(4032, 3024), {"exif": turned(8)}),
             ("profile.jpg", make(240, 200), {"icc_profile": profile}),
             ("lossless.webp", clear, {"lossless": True}),
+            ("photo.webp", make(300, 200), {}),
+            ("photo.avif", make(300, 200), {}),
+            ("photo.bmp", make(90, 120), {}),
             ("animated.gif", frames[0], {"save_all": True, "append_images": frames[1:], "duration": 100}),
         )
     }
