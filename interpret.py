@@ -34,7 +34,7 @@ from pathlib import Path
 from cifar10.data import ImageTable, Reading, build_dls, eval_split_name
 from cifar10.errors import UserError
 from cifar10.files import read_json, write_json
-from cifar10.interpretation import write_report
+from cifar10.interpretation import ImageClassifier, write_report
 from cifar10.runs import Run, home_relative
 from cifar10.training import build_learner
 from model import ResNet
@@ -48,11 +48,7 @@ def main(**typed):
     if not finished.is_finished:
         how = finished.resume_command("train.py")
         raise UserError(f"{options.run} is not a finished run; finish it with {how}")
-    try:
-        model = ResNet(**finished.model_args)
-    except (TypeError, ValueError) as reason:
-        raise UserError(f"{options.run}/config.json does not describe a model ({reason})") from None
-    temperature = finished.load_weights(model)
+    trained = ImageClassifier.load(finished.path, ResNet, device="cpu")
     names = ("skip_broken", "images", "image_column", "label_column", "split_column")
     changes = {name: value for name in names if (value := getattr(options, name))}
     reading = replace(Reading.of(finished.options), **changes)
@@ -61,16 +57,16 @@ def main(**typed):
     data = options.data or finished.options.data
     table = ImageTable.open(data, reading)
     settings = dict(bs=recipe.batch_size, valid=valid, weighted=recipe.weighted)
-    settings |= dict(stats=(finished.mean, finished.std))
+    settings |= dict(stats=[values.flatten().tolist() for values in (trained.mean, trained.std)])
     own = not options.split and (not options.data or table.hash == finished.sha256)
     if own:
         default, split = finished.path, eval_split_name(table, valid)
     else:
-        if any(limits != finished.ranges.get(kind, limits) for kind, limits in table.ranges.items()):
-            table = ImageTable.open(data, reading, fixed_ranges=finished.ranges)  # as the model knows them
+        if any(limits != trained.ranges.get(kind, limits) for kind, limits in table.ranges.items()):
+            table = ImageTable.open(data, reading, fixed_ranges=trained.ranges)  # as the model knows them
         split = options.split or ("all" if table.flat else table.split_names[-1])
         default = free_folder(finished.path / f"{table.name}-{split}", data=home_relative(table.data))
-        settings |= dict(only=split, classes=finished.classes)
+        settings |= dict(only=split, classes=trained.classes)
     folder = Path(options.out or default)
     if folder.resolve() == finished.path.resolve():
         if not own:
@@ -80,10 +76,11 @@ def main(**typed):
         raise UserError(f"{folder} is the folder of another run; choose another --out")
     dls = build_dls(table, **settings)
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
-    learn = build_learner(dls, model, recipe, "fp32" if finished.options.precision == "fp32" else "auto")
+    learn = build_learner(dls, trained.model, recipe, "fp32" if finished.options.precision == "fp32" else "auto")
     if own:
         finished.check_data(learn)
     folder.mkdir(parents=True, exist_ok=True)
+    temperature = trained.temperature if trained.temperature != 1 else None  # there were no images to fit it on
     metrics = write_report(learn, finished, folder, split, temperature, options.tta)
     if folder != finished.path:
         write_json(folder / "metrics.json", metrics | dict(data=home_relative(table.data)))

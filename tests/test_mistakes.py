@@ -352,12 +352,6 @@ def test_configs(run, script, change, says):
     refused(*(["--resume"] if script == "train.py" else []), "run", cwd=run.parent, script=script, says=says)
 
 
-def test_a_config_of_another_model(run):
-    change_config(run, lambda config: config["model"].update(depth=3))
-    finish(run)
-    refused("run", cwd=run.parent, script="interpret.py", says="config.json does not describe a model (")
-
-
 @pytest.mark.parametrize("content", ["{", "", "[]", "null", "[" * 100_000, "\ud800"])
 def test_config_that_is_none(run, content):
     (run / "config.json").write_text(content, errors="surrogatepass")
@@ -444,13 +438,13 @@ def test_weights(run):
     refused("run", cwd=cwd, script="interpret.py", says="run is not a finished run; finish it with ")
     finish(run)
     save_tensors(weights, ResNet(num_classes=2, width=8).state_dict())
-    refused("run", cwd=cwd, script="interpret.py", says="does not fit the model")
+    refused("run", cwd=cwd, script="interpret.py", says="has format None, not 3")
     weights.write_bytes(weights.read_bytes()[:-1])
     refused("run", cwd=cwd, script="interpret.py", says="model.safetensors is damaged")
     weights.write_bytes(pickle.dumps(Trap(run / "sprung")))
     refused("run", cwd=cwd, script="interpret.py", says="model.safetensors is damaged")
     weights.unlink()
-    refused("run", cwd=cwd, script="interpret.py", says="is not a finished run")
+    refused("run", cwd=cwd, script="interpret.py", says="run holds no model.safetensors; finish the run, or copy")
 
 
 def test_a_checkpoint_is_never_unpickled(run):

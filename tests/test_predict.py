@@ -18,7 +18,9 @@ from conftest import make_images
 from PIL import Image
 
 from cifar10.data.loaders import build_dls as package_dls
+from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
+from cifar10.files import load_tensors
 from cifar10.interpretation.predictions import Interpretation, tta_preds
 from cifar10.runs.run import Run
 from cifar10.training.learner import build_learner as package_learner
@@ -43,13 +45,11 @@ def run(photos):
 @pytest.fixture(scope="module")
 def learned(run, photos):
     """The same model as a Learner, with the test images."""
-    finished, model = Run.open(run), ResNet(width=4, num_classes=2)
-    finished.load_weights(model)
-    from cifar10.data.table import ImageTable
-
-    images = ImageTable.open(photos, size=48)
-    dls = package_dls(images, bs=8, stats=(finished.mean, finished.std))
-    return package_learner(dls, model, finished.recipe)
+    tensors, about = load_tensors(run / "model.safetensors")
+    model = ResNet(width=4, num_classes=2)
+    model.load_state_dict(tensors)
+    dls = package_dls(ImageTable.open(photos, size=48), bs=8, stats=(about["data"]["mean"], about["data"]["std"]))
+    return package_learner(dls, model, Run.open(run).recipe)
 
 
 def table_of(path) -> list[dict]:

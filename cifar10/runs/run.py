@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
@@ -22,7 +21,6 @@ from cifar10.errors import Stopped, UserError, WriteError
 from cifar10.files import (
     LEFTOVERS,
     acquire,
-    load_tensors,
     read_json,
     remove_leftovers,
     save_tensors,
@@ -45,9 +43,8 @@ HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_a
 class Run:
     """The folder `path` of a run, and what config.json says about it.
 
-    `options` and `recipe` are those it was started with. `model_args` build the model again: `ResNet(**model_args)`.
-    `classes`, `size` (pixels), `ranges` (see `decode_image`), `mean` and `std` (per channel, of pixels in [0, 1]) are
-    all that its inputs and outputs depend on. The weights carry the same values, so that no data set is needed.
+    `options` and `recipe` are those it was started with, `model_args` the arguments of its model, `classes` the names
+    of the outputs, `size` the images' side in pixels. The file of weights has all that it takes to use them.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
@@ -56,10 +53,6 @@ class Run:
         self.model_args: dict[str, Any] = dict(config["model"])
         data = config["data"]
         self.sha256, self.classes, self.size = str(data["sha256"]), list(data["classes"]), int(data["size"])
-        self.ranges = {str(kind): (float(low), float(high)) for kind, (low, high) in data["ranges"].items()}
-        self.mean, self.std = ([float(value) for value in data[key]] for key in ("mean", "std"))
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError("mean and std need three channels")
 
     @classmethod
     def create(cls, options: Options, recipe: Recipe, learn: Learner) -> "Run":
@@ -195,21 +188,6 @@ class Run:
         about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
         about |= dict(precision=self.options.precision, weights=self.options.weights, temperature=temperature)
         save_tensors(self.path / WEIGHTS, get_model(model).state_dict(), **about)
-
-    def load_weights(self, model: nn.Module) -> float | None:
-        """Load `WEIGHTS`; returns their temperature. Nothing is unpickled.
-
-        Raises `UserError` if the file is missing or does not fit.
-        """
-        weights = self.path / WEIGHTS
-        try:
-            tensors, about = load_tensors(weights)
-            model.load_state_dict(tensors)
-            return about.get("temperature")
-        except FileNotFoundError:
-            raise UserError(f"{self.path} is not a finished run: it has no {weights.name}") from None
-        except RuntimeError as reason:
-            raise UserError(f"{weights} does not fit the model: {shorten(str(reason), 200)}") from None
 
 
 def find_run(run: str | Path, runs_dir: str | Path = "runs") -> Path:
