@@ -49,6 +49,8 @@ def main(**typed):
         how = finished.resume_command("train.py")
         raise UserError(f"{options.run} is not a finished run; finish it with {how}")
     trained = ImageClassifier.load(finished.path, ResNet, device="cpu")
+    if (trained.model.args, trained.classes) != (finished.model_args, finished.classes):
+        raise UserError(f"{options.run} holds the weights of another model; copy those of the run there")
     names = ("skip_broken", "images", "image_column", "label_column", "split_column")
     changes = {name: value for name in names if (value := getattr(options, name))}
     reading = replace(Reading.of(finished.options), **changes)
@@ -80,7 +82,7 @@ def main(**typed):
     if own:
         finished.check_data(learn)
     folder.mkdir(parents=True, exist_ok=True)
-    temperature = trained.temperature if trained.temperature != 1 else None  # there were no images to fit it on
+    temperature = trained.temperature if trained.temperature != 1 else None  # none was fitted
     metrics = write_report(learn, finished, folder, split, temperature, options.tta)
     if folder != finished.path:
         write_json(folder / "metrics.json", metrics | dict(data=home_relative(table.data)))

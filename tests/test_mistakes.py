@@ -17,7 +17,7 @@ from fastai.vision.all import fastai_path
 from PIL import Image
 
 from cifar10.data.table import ImageTable
-from cifar10.files import save_tensors
+from cifar10.files import load_tensors, save_tensors
 from model import ResNet
 from train import get_dls
 
@@ -341,6 +341,7 @@ def change_config(run: Path, change):
         (lambda config: config.pop("options"), "KeyError: 'options'"),
         (lambda config: config.update(format=1), "run has format 1, not 3"),
         (lambda config: config["options"].update(data="gone"), "there is no gone"),
+        (lambda config: config["data"].pop("mean"), "KeyError: 'mean'"),
         (lambda config: config["data"].update(sha256="0" * 64), "are not those of run; give --data another path"),
     ],
 )
@@ -437,14 +438,16 @@ def test_weights(run):
     weights, cwd = run / "model.safetensors", run.parent
     refused("run", cwd=cwd, script="interpret.py", says="run is not a finished run; finish it with ")
     finish(run)
-    save_tensors(weights, ResNet(num_classes=2, width=8).state_dict())
-    refused("run", cwd=cwd, script="interpret.py", says="has format None, not 3")
+    _, about = load_tensors(weights)
+    other = ResNet(num_classes=2, width=2)
+    save_tensors(weights, other.state_dict(), **about | dict(model=other.args))
+    refused("run", cwd=cwd, script="interpret.py", says="run holds the weights of another model; copy those")
     weights.write_bytes(weights.read_bytes()[:-1])
     refused("run", cwd=cwd, script="interpret.py", says="model.safetensors is damaged")
     weights.write_bytes(pickle.dumps(Trap(run / "sprung")))
     refused("run", cwd=cwd, script="interpret.py", says="model.safetensors is damaged")
     weights.unlink()
-    refused("run", cwd=cwd, script="interpret.py", says="run holds no model.safetensors; finish the run, or copy")
+    refused("run", cwd=cwd, script="interpret.py", says="run holds no model.safetensors; copy it there")
 
 
 def test_a_checkpoint_is_never_unpickled(run):

@@ -146,7 +146,7 @@ def test_grad_cam_of_each_image(run, photos, tmp_path):
         (("RUN", "x.png", "--gradcam", "damaged.safetensors"), "damaged.safetensors can't be made (File exists); give"),
         (("RUN", "x.png", "--gradcam", "damaged.safetensors/deep"), "can't be made (Not a directory); give another"),
         (("RUN", "photos"), "photos holds no images (ignored files: 1 .heic)"),
-        (("unfinished", "x.png"), "unfinished holds no model.safetensors; finish the run, or copy its weights there"),
+        (("unfinished", "x.png"), "unfinished holds no model.safetensors; finish the run, or copy it there"),
         (("damaged.safetensors", "x.png"), "is damaged or not a safetensors file"),
     ],
 )

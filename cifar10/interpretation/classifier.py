@@ -67,7 +67,8 @@ class ImageClassifier:
             raise UserError(f"{damage}; copy it again, or train again") from None
         except OSError:
             if (run / "config.json").is_file():
-                raise UserError(f"{run} holds no {WEIGHTS}; finish the run, or copy its weights there") from None
+                finish = "" if (run / "metrics.json").is_file() else "finish the run, or "
+                raise UserError(f"{run} holds no {WEIGHTS}; {finish}copy it there") from None
             raise UserError(f"{run} is neither the folder of a finished run nor its {WEIGHTS}; give either") from None
         except (LookupError, RuntimeError, TypeError, AttributeError) as reason:
             raise UserError(f"{path} does not hold a model of this program ({str(reason)[:200]})") from None

@@ -26,6 +26,7 @@ from cifar10.runs.run import Run
 from cifar10.text import plural, printable
 
 N_SUSPECTS, N_EXAMPLES = 20, 10
+SMOOTHED = 1.5  # times the label smoothing: it lowers a sure prediction by almost once, one of a hard image by more
 NOTEBOOK_LOG = Path(__file__).parents[2] / "results/notebook/log.csv"  # of the assignment
 CIFAR10_SHA256 = "2ebad64464aa84e29315dc092b00cf79fb98223a601e0112bf2a17411e9908bc"  # `ImageTable.hash` of CIFAR-10
 PLOTS = {  # file → what draws it from the predictions (the others are drawn in training), its title, its caption
@@ -137,9 +138,8 @@ def calibration(metrics: dict[str, Any], label_smoothing: float) -> str:
         return f"{said}: the probabilities are too high, {average}."
     said += f": the probabilities are too low, {average}."
     if label_smoothing:
-        # It trains for a probability of 1 - label_smoothing, and a little more; images that are hard add to it.
-        smoothed = difference <= 1.5 * label_smoothing
-        cause = "makes them so" if smoothed else "is one cause, perhaps a short training another"
+        by_smoothing = difference <= SMOOTHED * label_smoothing
+        cause = "makes them so" if by_smoothing else "is one cause, perhaps a short training another"
         said += f" Label smoothing {cause}; the loss and this error look worse than the model is."
     return said
 

@@ -44,7 +44,7 @@ class Run:
     """The folder `path` of a run, and what config.json says about it.
 
     `options` and `recipe` are those it was started with, `model_args` the arguments of its model, `classes` the names
-    of the outputs, `size` the images' side in pixels. The file of weights has all that it takes to use them.
+    of the outputs, `size` the images' side in pixels, `data` what the model's inputs and outputs depend on.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
@@ -53,6 +53,7 @@ class Run:
         self.model_args: dict[str, Any] = dict(config["model"])
         data = config["data"]
         self.sha256, self.classes, self.size = str(data["sha256"]), list(data["classes"]), int(data["size"])
+        self.data = {name: data[name] for name in ("name", "classes", "size", "ranges", "mean", "std")}
 
     @classmethod
     def create(cls, options: Options, recipe: Recipe, learn: Learner) -> "Run":
@@ -183,8 +184,7 @@ class Run:
 
         `temperature` is the number to divide logits by for probabilities, `None` if none was fitted.
         """
-        data = {name: self.config["data"][name] for name in ("name", "classes", "size", "ranges", "mean", "std")}
-        data["resize"] = self.options.resize
+        data = self.data | dict(resize=self.options.resize)
         about = dict(format=FORMAT, model=self.model_args, data=data, recipe=self.config["recipe"])
         about |= dict(precision=self.options.precision, weights=self.options.weights, temperature=temperature)
         save_tensors(self.path / WEIGHTS, get_model(model).state_dict(), **about)

@@ -247,6 +247,7 @@ def gray(values, dtype) -> Image.Image:
     ("dtype", "values", "pixels"),
     [
         (np.uint16, [20, 250], [20, 250]),  # 8 bits stored in 16
+        (np.uint8, [20, 250], [20, 250]),
         (np.uint16, [0, 4000], [0, 249]),  # a camera's 12 bits
         (np.uint16, [257, 65535], [1, 255]),
         (np.uint16, [0, 1], [0, 255]),  # a mask

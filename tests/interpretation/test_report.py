@@ -110,6 +110,7 @@ def test_the_mean_recall_is_named_where_it_is_not_the_accuracy(counts, named):
             0.1,
             r"too low, 85\.0% on average\. Label smoothing makes them so; the loss and this .*",
         ),
+        (0.77, 0.1, r"too low, 77\.0% on average\. Label smoothing makes them so; .*"),
         (
             0.65,
             0.1,

@@ -25,6 +25,7 @@ from train import get_dls, get_learner
         (dict(lr_max=-0.1), "lr_max is -0.1; it must be above 0"),
         (dict(lr_max=float("nan")), "lr_max is nan; it must be above 0"),
         (dict(lr_max=float("inf")), "lr_max is inf; it must be above 0"),
+        (dict(lr_max=1e300), "lr_max is 1e+300; it must be above 0 and at most 1e+30"),
         (dict(lr_max=0.1, lr_min=0.2), "lr_min is 0.2; it must be at most lr_max, 0.1"),
         (dict(recipe="fast", lr_min=0.8), "lr_min is 0.8; it must be at most lr_max, 0.5"),
         (dict(epochs=3, peak_epoch=5), "peak_epoch is 5; it must be at most epochs, 3"),
