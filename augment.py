@@ -15,18 +15,19 @@ from torchvision.transforms.v2.functional import pad
 
 
 class BatchTransform(DisplayedTransform):
-    """A random transform of training batches that several processes can share: each transforms its own images only.
+    """A random transform of training batches, or of the shard of a batch that one of several processes has.
 
-    `part` is then the number of images in the whole batch, and which of them are here.
+    `shard` is then the size of the whole batch, and the slice of it that is here. All processes draw the same random
+    numbers, those for the whole batch, and each uses the ones for its own images.
     """
 
     split_idx = 0
-    part: tuple[int, slice] | None = None
+    shard: tuple[int, slice] | None = None
 
-    def draw(self, x: TensorImage, numbers: Callable[[int], Tensor]) -> Tensor:
-        """A random number for each image, `(N, …)`, of those for the whole batch; `numbers(n)` draws n of them."""
-        whole, here = self.part or (len(x), slice(None))
-        return numbers(whole)[here]
+    def draw(self, x: TensorImage, sample: Callable[[int], Tensor]) -> Tensor:
+        """Random numbers for the images of `x`, `(N, …)`; `sample(bs)` draws those for a whole batch, `(bs, …)`."""
+        bs, here = self.shard or (len(x), slice(None))
+        return sample(bs)[here]
 
 
 class RandomCrop(BatchTransform):
@@ -42,11 +43,12 @@ class RandomCrop(BatchTransform):
         self.size, self.padding, self.pad_mode = size, padding, pad_mode
 
     def encodes(self, x: TensorImage):
-        windows = pad(x, self.padding, padding_mode=self.pad_mode).unfold(2, self.size, 1).unfold(3, self.size, 1)
-        n, _, rows, cols = windows.shape[:4]
-        top = self.draw(x, lambda n: torch.randint(rows, (n,), device=x.device))
-        left = self.draw(x, lambda n: torch.randint(cols, (n,), device=x.device))
-        return windows[torch.arange(n, device=x.device), :, top, left]
+        padded = pad(x, self.padding, padding_mode=self.pad_mode)
+        windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)  # a view (N, C, rows, cols, size, size)
+        rows, cols = windows.shape[2:4]
+        top = self.draw(x, lambda bs: torch.randint(rows, (bs,), device=x.device))
+        left = self.draw(x, lambda bs: torch.randint(cols, (bs,), device=x.device))
+        return windows[torch.arange(len(x), device=x.device), :, top, left]
 
 
 class FlipLR(BatchTransform):
@@ -58,7 +60,7 @@ class FlipLR(BatchTransform):
         self.p = p
 
     def encodes(self, x: TensorImage):
-        flip = self.draw(x, lambda n: torch.rand(n, 1, 1, 1, device=x.device)) < self.p
+        flip = self.draw(x, lambda bs: torch.rand(bs, 1, 1, 1, device=x.device)) < self.p
         return torch.where(flip, x.flip(-1), x)
 
 
@@ -77,8 +79,8 @@ class Cutout(BatchTransform):
 
     def encodes(self, x: TensorImage):
         (h, w), device = x.shape[-2:], x.device
-        top = self.draw(x, lambda n: torch.randint(h - self.height + 1, (n, 1), device=device))
-        left = self.draw(x, lambda n: torch.randint(w - self.width + 1, (n, 1), device=device))
+        top = self.draw(x, lambda bs: torch.randint(h - self.height + 1, (bs, 1), device=device))
+        left = self.draw(x, lambda bs: torch.randint(w - self.width + 1, (bs, 1), device=device))
         row, col = torch.arange(h, device=device), torch.arange(w, device=device)
         rows = (row >= top) & (row < top + self.height)
         cols = (col >= left) & (col < left + self.width)

@@ -38,21 +38,24 @@ from cifar10.runs import find_run
 
 NOTEBOOK = "the assignment's notebook"
 ZOOM = 5  # percentage points on either side of the best final accuracy, in the right half of the plot
-# Options that may differ within a row, and the one whose meaning is in the recipe.
-OWN = ("seed", "name", "runs_dir", "device", "resume", "data", "images", "timeout", "recipe")
+# Options that may differ within a row. `recipe` is only a name, its hyperparameters are compared.
+IGNORED = ("seed", "name", "runs_dir", "device", "resume", "data", "images", "timeout", "recipe")
 HEADER = ["runs", "data", "n", "epochs", "accuracy of the report", "with TTA", "PFLOP", "minutes, as run"]
 
 
 def load(folder: str | Path) -> dict:
-    """What a finished run says about itself. Raises `UserError` if it does not."""
+    """A finished run: its name, data, `settings` (all but what may differ in a row), metrics, and accuracies by epoch.
+
+    The accuracies are in percent. Raises `UserError` if the folder is not that of a finished run.
+    """
     path = Path(folder)
     try:
         config, metrics = (read_json(path / f"{name}.json") for name in ("config", "metrics"))
         history = pd.DataFrame(read_csv(path / "history.csv")).set_index("epoch")
+        # Older runs lack newer options and hyperparameters; the defaults are what these runs did.
         options = vars(TrainOptions()) | config["options"]
-        # Of an older run, what there was no setting for yet is as in the assignment.
         recipe = vars(ASSIGNMENT) | {"width": options["width"]} | config.get("recipe", {"name": options["recipe"]})
-        settings = {name: value for name, value in options.items() if name not in (*OWN, *recipe)}
+        settings = {name: value for name, value in options.items() if name not in (*IGNORED, *recipe)}
         settings |= dict(recipe=recipe, sha256=config["data"].get("sha256"))
         about = dict(name=path.name, data=config["data"]["name"], settings=settings, metrics=metrics)
         return about | dict(accuracies=100 * history[["valid_accuracy", "train_accuracy"]])
@@ -60,7 +63,7 @@ def load(folder: str | Path) -> dict:
         raise UserError(f"{folder} is not the folder of a finished run") from None
 
 
-def spread(values: list[float]) -> str:
+def mean_and_std(values: list[float]) -> str:
     """Mean in percent, with the standard deviation if there are several values."""
     return f"{mean(values):.2%}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
 
@@ -76,7 +79,7 @@ def table(runs: list[dict]) -> str:
         tta, pflop = ([metrics[key] for metrics in found if key in metrics] for key in ("tta_accuracy", "pflop"))
         rows.append([
             ", ".join(run["name"] for run in group), group[0]["data"], len(group), found[0]["epochs"],
-            spread([metrics["accuracy"] for metrics in found]), spread(tta) if tta else "",
+            mean_and_std([metrics["accuracy"] for metrics in found]), mean_and_std(tta) if tta else "",
             f"{mean(pflop):.3g}" if pflop else "", f"{mean(metrics['seconds'] for metrics in found) / 60:.1f}",
         ])  # fmt: skip
     return markdown_table(HEADER, rows, right=6)

@@ -125,7 +125,7 @@ def halve(model):
             model.graph.node.insert(0, onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
 
 
-def for_browsers(classifier: ImageClassifier, images: Tensor, about: dict[str, str]) -> bytes:
+def to_browser_onnx(classifier: ImageClassifier, images: Tensor, about: dict[str, str]) -> bytes:
     """The ONNX file of the page, with Grad-CAM's maps as its second output, `evidence`."""
     program = trace(WithGradCAM(classifier).eval(), images)
     # ONNX Runtime optimizes it when it is loaded; before, that would change the weights.
@@ -140,8 +140,8 @@ def run_onnx(content: bytes, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
 
 
-def tested(weights: Path, classifier: ImageClassifier) -> tuple[list[Path], dict[str, Any]]:
-    """The examples beside the weights of a run, and its metrics; none for its pretrained weights, or another's."""
+def find_examples(weights: Path, classifier: ImageClassifier) -> tuple[list[Path], dict[str, Any]]:
+    """The example images and the metrics beside a run's weights, as far as they are of these weights."""
     if weights.name != WEIGHTS:
         return [], {}
     examples = sorted(weights.parent.glob("examples/*.png"))
@@ -180,9 +180,9 @@ def main(**typed):
         check(options.onnx, expected, run_onnx(content, images))
         write(Path(options.onnx), content)
     if options.web:
-        content = for_browsers(classifier, images, about)
+        content = to_browser_onnx(classifier, images, about)
         check(f"{options.web}/model.onnx", expected, run_onnx(content, images))
-        examples, metrics = tested(weights_file(options.run), classifier)
+        examples, metrics = find_examples(weights_file(options.run), classifier)
         write_page(Path(options.web), classifier, content, examples, metrics, runtime)
         shown = f", with {plural(len(examples), 'image')} of {examples[0].parent}" if examples else ""
         how = f"try it with `python -m http.server --directory {options.web}`"

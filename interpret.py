@@ -43,51 +43,59 @@ from model import ResNet
 def main(**typed):
     """Write a report. `typed`: the options given on the command line, by name (see `Options`)."""
     options = Options(**typed)
-    finished = Run.open(options.run)
-    recipe, valid = finished.recipe, finished.options.valid
-    if not finished.is_finished:
-        how = finished.resume_command("train.py")
-        raise UserError(f"{options.run} is not a finished run; finish it with {how}")
-    trained = ImageClassifier.load(finished.path, ResNet, device="cpu")
-    if (trained.model.args, trained.classes) != (finished.model_args, finished.classes):
+    run = Run.open(options.run)
+    recipe, valid = run.recipe, run.options.valid
+    if not run.is_finished:
+        raise UserError(f"{options.run} is not a finished run; finish it with {run.resume_command('train.py')}")
+    trained = ImageClassifier.load(run.path, ResNet, device="cpu")
+    if (trained.model.args, trained.classes) != (run.model_args, run.classes):
         raise UserError(f"{options.run} holds the weights of another model; copy those of the run there")
-    names = ("skip_broken", "images", "image_column", "label_column", "split_column")
-    changes = {name: value for name in names if (value := getattr(options, name))}
-    reading = replace(Reading.of(finished.options), **changes)
-    if options.data:  # whose images are not in the folder of the run's
-        reading = replace(reading, images=options.images)
-    data = options.data or finished.options.data
+    data, reading = options.data or run.options.data, choose_reading(options, run)
     table = ImageTable.open(data, reading)
-    settings = dict(bs=recipe.batch_size, valid=valid, weighted=recipe.weighted)
-    settings |= dict(stats=[values.flatten().tolist() for values in (trained.mean, trained.std)])
-    own = not options.split and (not options.data or table.hash == finished.sha256)
+    own = not options.split and (not options.data or table.hash == run.sha256)
+    only = classes = None
     if own:
-        default, split = finished.path, eval_split_name(table, valid)
+        split, default = eval_split_name(table, valid), run.path
     else:
         if any(limits != trained.ranges.get(kind, limits) for kind, limits in table.ranges.items()):
-            table = ImageTable.open(data, reading, fixed_ranges=trained.ranges)  # as the model knows them
-        split = options.split or ("all" if table.flat else table.split_names[-1])
-        default = free_folder(finished.path / f"{table.name}-{split}", data=home_relative(table.data))
-        settings |= dict(only=split, classes=trained.classes)
-    folder = Path(options.out or default)
-    if folder.resolve() == finished.path.resolve():
-        if not own:
-            raise UserError(f"{folder} is the run's own folder; choose another --out")
-        folder = finished.path
-    elif (folder / "config.json").exists():
-        raise UserError(f"{folder} is the folder of another run; choose another --out")
-    dls = build_dls(table, **settings)
+            table = ImageTable.open(data, reading, fixed_ranges=trained.ranges)  # values are scaled as in training
+        split = only = options.split or ("all" if table.flat else table.split_names[-1])
+        default, classes = free_folder(run.path / f"{table.name}-{split}", home_relative(table.data)), trained.classes
+    folder = choose_folder(Path(options.out or default), run, own)
+    stats = [values.flatten().tolist() for values in (trained.mean, trained.std)]
+    dls = build_dls(table, bs=recipe.batch_size, valid=valid, weighted=recipe.weighted, stats=stats, only=only,
+                    classes=classes)  # fmt: skip
     # In fp32 if it was trained so; otherwise in whatever is fastest here, because not every device has fp16.
-    learn = build_learner(dls, trained.model, recipe, "fp32" if finished.options.precision == "fp32" else "auto")
+    learn = build_learner(dls, trained.model, recipe, "fp32" if run.options.precision == "fp32" else "auto")
     if own:
-        finished.check_data(learn)
+        run.check_data(learn)
     folder.mkdir(parents=True, exist_ok=True)
     temperature = trained.temperature if trained.temperature != 1 else None  # none was fitted
-    metrics = write_report(learn, finished, folder, split, temperature, options.tta)
-    if folder != finished.path:
+    metrics = write_report(learn, run, folder, split, temperature, options.tta)
+    if folder != run.path:
         write_json(folder / "metrics.json", metrics | dict(data=home_relative(table.data)))
     elif options.tta:
-        finished.write_metrics(tta_accuracy=metrics["tta_accuracy"])
+        run.write_metrics(tta_accuracy=metrics["tta_accuracy"])
+
+
+def choose_reading(options: Options, run: Run) -> Reading:
+    """How to read the images: as the run did, but for the options that were given."""
+    names = ("skip_broken", "images", "image_column", "label_column", "split_column")
+    reading = replace(Reading.of(run.options), **{name: value for name in names if (value := getattr(options, name))})
+    if options.data:  # the run's --images is the folder of its own data set, not of this one
+        reading = replace(reading, images=options.images)
+    return reading
+
+
+def choose_folder(folder: Path, run: Run, own: bool) -> Path:
+    """The folder for the report. Raises `UserError` if it is that of a run which the report is not about."""
+    if folder.resolve() == run.path.resolve():
+        if not own:
+            raise UserError(f"{folder} is the run's own folder; choose another --out")
+        return run.path
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} is the folder of another run; choose another --out")
+    return folder
 
 
 def free_folder(folder: Path, data: str) -> Path:

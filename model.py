@@ -24,11 +24,11 @@ def conv3x3(ni: int, nf: int, bias: bool = True) -> nn.Conv2d:
 class ResBlock(nn.Module):
     """x + R(x) with R = Conv-BN-ReLU-Conv-BN-ReLU: `(N, C, H, W)` → the same shape."""
 
-    def __init__(self, channels: int, norm):
+    def __init__(self, channels: int, norm_layer):
         super().__init__()
         # Without bias: the normalization that follows cancels it.
-        self.conv1, self.norm1 = conv3x3(channels, channels, bias=False), norm(channels)
-        self.conv2, self.norm2 = conv3x3(channels, channels, bias=False), norm(channels)
+        self.conv1, self.norm1 = conv3x3(channels, channels, bias=False), norm_layer(channels)
+        self.conv2, self.norm2 = conv3x3(channels, channels, bias=False), norm_layer(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         r = F.relu(self.norm1(self.conv1(x)))
@@ -37,12 +37,12 @@ class ResBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images `(N, 3, H, W)`, H and W multiples of 8 from 16 up, normalized → logits `(N, num_classes)`.
+    """Images `(N, 3, H, W)`, normalized, H and W multiples of 8 from 16 up → logits `(N, num_classes)`.
 
-    `norm="batch"` is batch normalization; `"layer"` replaces every one by layer normalization over channels and
-    positions, that is `GroupNorm` with one group. `width` is the number of channels after `prep`, and half, a quarter
-    and an eighth of those after the three layers. The logits are multiplied by `logit_scale`. `args` are the arguments
-    that build the same model again. Raises `ValueError` for another `norm` or a number below one.
+    `norm` is "batch" for batch normalization, or "layer" for layer normalization over channels and positions, that is
+    `GroupNorm` with one group. `width` is the number of channels after `prep`; after layer1, layer2 and layer3 there
+    are 2, 4 and 8 times as many. The logits are multiplied by `logit_scale`. `ResNet(**model.args)` builds the same
+    model again. Raises `ValueError` for another `norm`, and if `num_classes` or `width` is below 1.
     """
 
     def __init__(self, num_classes: int = 10, norm: str = "batch", width: int = 64, logit_scale: float = 1 / 8):
@@ -53,18 +53,18 @@ class ResNet(nn.Module):
             raise ValueError(f"num_classes ({num_classes}) and width ({width}) must be at least 1")
         self.args = dict(num_classes=num_classes, norm=norm, width=width, logit_scale=logit_scale)
         self.logit_scale = logit_scale
-        norm, w = NORMS[norm], width
-        self.prep = nn.Sequential(conv3x3(3, w), norm(w), nn.ReLU())
-        self.layer1 = nn.Sequential(*self.downsample(w, 2 * w, norm), ResBlock(2 * w, norm))
-        self.layer2 = nn.Sequential(*self.downsample(2 * w, 4 * w, norm))
-        self.layer3 = nn.Sequential(*self.downsample(4 * w, 8 * w, norm), ResBlock(8 * w, norm))
+        w, norm_layer = width, NORMS[norm]
+        self.prep = nn.Sequential(conv3x3(3, w), norm_layer(w), nn.ReLU())
+        self.layer1 = nn.Sequential(*self.downsample(w, 2 * w, norm_layer), ResBlock(2 * w, norm_layer))
+        self.layer2 = nn.Sequential(*self.downsample(2 * w, 4 * w, norm_layer))
+        self.layer3 = nn.Sequential(*self.downsample(4 * w, 8 * w, norm_layer), ResBlock(8 * w, norm_layer))
         self.pool = nn.AdaptiveMaxPool2d(1)  # on 32×32 images: MaxPool with kernel 4
         self.fc = nn.Linear(8 * w, num_classes)
 
     @staticmethod
-    def downsample(ni: int, nf: int, norm) -> list[nn.Module]:
+    def downsample(ni: int, nf: int, norm_layer) -> list[nn.Module]:
         """Conv → MaxPool → norm → ReLU: `(N, ni, H, W)` → `(N, nf, H/2, W/2)`."""
-        return [conv3x3(ni, nf), nn.MaxPool2d(2), norm(nf), nn.ReLU()]
+        return [conv3x3(ni, nf), nn.MaxPool2d(2), norm_layer(nf), nn.ReLU()]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.prep(x)
@@ -77,7 +77,9 @@ class ResNet(nn.Module):
 
 def split_by_depth(model: nn.Module) -> list[list[nn.Parameter]]:
     """Parameter groups for fastai's `freeze` and discriminative learning rates: prep, layers, head and all the rest."""
+    group_of = {"prep": 0, "layer1": 1, "layer2": 1, "layer3": 1}
     groups: list[list[nn.Parameter]] = [[], [], []]
     for name, p in model.named_parameters():
-        groups[{"prep": 0, "layer1": 1, "layer2": 1, "layer3": 1}.get(name.split(".")[0], 2)].append(p)
+        child = name.split(".")[0]
+        groups[group_of.get(child, 2)].append(p)
     return [group for group in groups if group]

@@ -99,9 +99,7 @@ def main(**typed):
     if classifier.temperature_note:
         print(classifier.temperature_note, file=sys.stderr)
     preds = torch.cat(probabilities)
-    table = pd.DataFrame({"image": names})
-    for k, (values, numbers) in enumerate(zip(*(best.T.tolist() for best in preds.topk(topk))), start=1):
-        table[f"class {k}"], table[f"probability {k}"] = [classifier.classes[number] for number in numbers], values
+    table = top_classes(names, preds, classifier.classes, topk)
     if options.json:
         by_class = (dict(zip(classifier.classes, row, strict=True)) for row in preds.tolist())
         images = dict(zip(names, by_class, strict=True))
@@ -119,6 +117,16 @@ def main(**typed):
         print(f"Grad-CAM plots: see {options.gradcam}", file=sys.stderr)
     if failed:
         cli.fail(f"{failed:,} of {len(files):,} images can't be used", 1)
+
+
+def top_classes(names: list[str], preds: torch.Tensor, classes: list[str], topk: int) -> pd.DataFrame:
+    """A row for each image: its name, and its `topk` likeliest classes, each with its probability."""
+    table, best = pd.DataFrame({"image": names}), preds.topk(topk)
+    ranks = zip(best.indices.T.tolist(), best.values.T.tolist(), strict=True)
+    for rank, (numbers, probabilities) in enumerate(ranks, start=1):
+        table[f"class {rank}"] = [classes[number] for number in numbers]
+        table[f"probability {rank}"] = probabilities
+    return table
 
 
 def make_folder(folder: Path):

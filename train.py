@@ -20,7 +20,7 @@ from augment import Cutout, FlipLR, RandomCrop
 from cifar10.data import ImageTable, Reading, build_dls, with_stats
 from cifar10.errors import UserError
 from cifar10.interpretation import ImageClassifier, report_run
-from cifar10.recipes import RECIPES, REFERENCE_SIDE, Recipe
+from cifar10.recipes import REFERENCE_SIDE, Recipe, find_recipe
 from cifar10.runs import Session
 from cifar10.training import ValidateLast, build_learner, find_lrs, fit_head, init_pretrained, initialize
 from model import ResNet, split_by_depth
@@ -28,39 +28,43 @@ from model import ResNet, split_by_depth
 
 def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", device="auto", bs: int | None = None,
             **changes) -> DataLoaders:  # fmt: skip
-    """DataLoaders of `data` with the assignment's three transforms.
+    """DataLoaders of `data` with the assignment's three transforms: images `(N, 3, size, size)` and labels `(N,)`.
 
-    `changes` are those to the recipe, like `flip=False`, and how to read the images, like `size=64`: see `Reading`.
-    Raises `UserError` if there are fewer training images than a batch has, and for data that can't be used.
+    `data`, `valid` and `device` are as for train.py. `changes` are fields of the `Recipe`, like `flip=False`, and of
+    `Reading`, like `size=64`; `bs` is short for `batch_size`. Raises `UserError` if there are fewer training images
+    than a batch has, and for data that can't be used.
     """
-    reading = {name: changes.pop(name) for name in {field.name for field in fields(Reading)} & {*changes}}
+    reading = {field.name: changes.pop(field.name) for field in fields(Reading) if field.name in changes}
     images = ImageTable.open(data, valid=valid, **reading)
+    train_images = len(images.split_rows(valid)[0])
     if isinstance(recipe, str):
-        recipe = RECIPES[recipe].adapted(len(images.split_rows(valid)[0]), **images.defaults)
-    recipe = replace(recipe, **changes | ({"batch_size": bs} if bs else {}))
-    if recipe.batch_size > (count := len(images.split_rows(valid)[0])):
-        raise UserError(f"batch_size is {recipe.batch_size}, above the {count:,} training images; lower it")
-    padding, cutout = (pixels * images.size // REFERENCE_SIDE for pixels in (recipe.crop_padding, recipe.cutout))
-    transforms = [
-        RandomCrop(images.size, padding=padding, pad_mode=recipe.crop_mode),
-        *([FlipLR()] if recipe.flip else []),
-        *([Cutout(cutout, cutout)] if cutout else []),
-    ]
-    settings = dict(bs=recipe.batch_size, valid=valid, device=device, weighted=recipe.weighted)
-    return build_dls(images, transforms, **settings)
+        recipe = find_recipe(recipe).adapted(train_images, **images.defaults)
+    if bs:
+        changes["batch_size"] = bs
+    recipe = replace(recipe, **changes)
+    if recipe.batch_size > train_images:
+        raise UserError(f"batch_size is {recipe.batch_size}, above the {train_images:,} training images; lower it")
+    padding = recipe.crop_padding * images.size // REFERENCE_SIDE
+    cutout = recipe.cutout * images.size // REFERENCE_SIDE
+    tfms = [RandomCrop(images.size, padding=padding, pad_mode=recipe.crop_mode)]
+    if recipe.flip:
+        tfms.append(FlipLR())
+    if cutout:
+        tfms.append(Cutout(cutout, cutout))
+    return build_dls(images, tfms, bs=recipe.batch_size, valid=valid, device=device, weighted=recipe.weighted)
 
 
 def get_learner(dls, recipe: str | Recipe | None = None, norm="batch", width: int | None = None, precision="auto",
-                weights: str | Path | None = None, **kw) -> Learner:  # fmt: skip
-    """A Learner that trains the ResNet on `dls`, as the recipe says; `kw` is passed on to fastai's Learner.
+                weights: str | Path | None = None, splitter=split_by_depth, **kw) -> Learner:  # fmt: skip
+    """A Learner that trains the ResNet on `dls` as the recipe says, which should be the one that `get_dls` got.
 
     `width` is the number of channels of the first layer, by default the recipe's. `weights`, the folder of a finished
     run or its model.safetensors, is where all layers but the last start from, and whose width, mean and standard
-    deviation are used. The default recipe is then "finetune" (give it to `get_dls`, too), and otherwise "assignment".
-    Raises `UserError` for weights of another width or normalization.
+    deviation are used. The default recipe is then "finetune", and otherwise "assignment". `splitter` and `kw` are
+    arguments of fastai's Learner. Raises `UserError` for weights of another width or normalization.
     """
     recipe = recipe or ("finetune" if weights else "assignment")
-    recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     if weights:
         trained = ImageClassifier.load(weights, ResNet, device="cpu")
         model, recipe = init_pretrained(trained.model, trained.recipe, recipe, len(dls.vocab), norm, width)
@@ -69,7 +73,7 @@ def get_learner(dls, recipe: str | Recipe | None = None, norm="batch", width: in
         recipe = replace(recipe, width=width or recipe.width)
         model = ResNet(len(dls.vocab), norm=norm, width=recipe.width, logit_scale=recipe.logit_scale)
         initialize(model, recipe, (batch[0] for batch in dls.train))
-    return build_learner(dls, model, recipe, precision, **dict(splitter=split_by_depth) | kw)
+    return build_learner(dls, model, recipe, precision, splitter=splitter, **kw)
 
 
 def choose_lrs(learn: Learner, recipe: Recipe, folder: Path | None = None) -> Recipe:
@@ -84,7 +88,7 @@ def choose_lrs(learn: Learner, recipe: Recipe, folder: Path | None = None) -> Re
 
 
 def fit(learn: Learner, recipe: Recipe, cbs=(), start_epoch: int = 0):
-    """One cycle from `lr_min` up to `lr_max` and back; in the assignment, 24 epochs with the peak at epoch 5."""
+    """One cycle from `lr_min` up to `lr_max` and back down, or to near zero if the recipe says `annihilate`."""
     div = recipe.lr_max / recipe.lr_min
     learn.fit_one_cycle(
         recipe.epochs,  # assigned: 24

@@ -182,12 +182,12 @@ def main(
     before = results.get(name, dict(changes={}, runs={}))
     if name in results and not is_same(before, base, images.hash):
         raise UserError(f"{out} holds results of another {recipe}, or of other images; choose another --out")
-    fields = json.loads(json.dumps(variants))  # lists in the place of tuples
+    as_json = json.loads(json.dumps(variants))  # with lists in the place of tuples, as in the file
     runs = {title: {} for title in variants} | before["runs"]
-    runs |= {title: {} for title in variants if before["changes"].get(title) != fields[title]}
+    runs |= {title: {} for title in variants if before["changes"].get(title) != as_json[title]}
     command = f"python -m benchmarks.ablation {recipe} --data {data} --width {width} --seeds {seeds}"
     found = dict(recipe=asdict(base), width=width, data=data_set, command=command) | collect_env()
-    found |= dict(changes=before["changes"] | fields, runs=runs)
+    found |= dict(changes=before["changes"] | as_json, runs=runs)
     recipes = {title: changed(base, fields, train_images) for title, fields in variants.items()}
     with ProcessPoolExecutor(num_cpus(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         trainings = {

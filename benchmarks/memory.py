@@ -81,9 +81,11 @@ def main(
             raise UserError("the training run failed, see above")
         seconds = time.perf_counter() - begin
     command = f"python -m benchmarks.memory --images {images} --size {size} --width {width}"
+    if processes > 1:
+        command += f" --processes {processes}"
     results = dict(
         images=images, size=size, width=width, pixels_gb=3 * images * size**2 / 1e9, peak_gib=largest_child_gib(),
-        seconds=seconds, **shared, command=command + f" --processes {processes}" * (processes > 1),
+        seconds=seconds, **shared, command=command,
     )  # fmt: skip
     save(results, out)
 

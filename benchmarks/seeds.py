@@ -22,7 +22,7 @@ from cifar10.interpretation.predictions import Interpretation, tta_accuracy
 from cifar10.options import Options
 from cifar10.recipes import RECIPES, Recipe, choices
 from cifar10.training import StopAtNaN, fit_head
-from compare import spread
+from compare import mean_and_std
 from train import choose_lrs, fit, get_dls, get_learner
 
 
@@ -39,13 +39,15 @@ def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = 
         chosen = choose_lrs(learn, recipe)
         fit(learn, chosen, [StopAtNaN(), *cbs])
         seconds, recorder = now(dls.device) - begin, learn.recorder
-        trained = dict(seconds=seconds, seconds_training=recorder.train_seconds, pflop=recorder.flop / 1e15)
+        seconds_training, pflop = recorder.train_seconds, recorder.flop / 1e15
         history = [[*row, *extra] for row, extra in zip(recorder.values, recorder.extra, strict=True)]
         interp = Interpretation(learn)
         tta = tta_accuracy(interp, recipe.flip)
-    learning_rates = dict(lr_min=chosen.lr_min, lr_max=chosen.lr_max)
-    accuracies = dict(accuracy=interp.accuracy, tta_accuracy=tta, loss=interp.losses.mean().item(), nll=nll(interp))
-    return accuracies | dict(epochs=recipe.epochs) | trained | learning_rates | dict(history=history)
+    return dict(
+        accuracy=interp.accuracy, tta_accuracy=tta, loss=interp.losses.mean().item(), nll=nll(interp),
+        epochs=recipe.epochs, seconds=seconds, seconds_training=seconds_training, pflop=pflop,
+        lr_min=chosen.lr_min, lr_max=chosen.lr_max, history=history,
+    )  # fmt: skip
 
 
 def nll(interp: Interpretation) -> float:
@@ -96,7 +98,7 @@ def main(
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "metrics.json", metrics)
             write_json(folder / "config.json", about | dict(seed=seed) | collect_env())
-    print(f"mean {spread(accuracies)}")
+    print(f"mean {mean_and_std(accuracies)}")
 
 
 if __name__ == "__main__":

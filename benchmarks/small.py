@@ -36,7 +36,7 @@ from cifar10.training.transfer import features
 from model import ResNet
 from train import get_dls, get_learner
 
-STRENGTHS = np.logspace(-5, 1, 7)  # C of the logistic regression
+CS = np.logspace(-5, 1, 7)  # inverse regularization strengths of the logistic regression
 MODELS = ("frozen", "finetune", "scratch", "plain")
 
 
@@ -44,7 +44,7 @@ def frozen(images: ImageTable, weights: str) -> float:
     """The accuracy of a logistic regression on the features of the weights."""
     learn = get_learner(get_dls(images, Options(weights=weights).resolve(images)), weights=weights)
     (x, y), (x_valid, y_valid) = (features(learn, part.items) for part in (learn.dls.train_ds, learn.dls.valid_ds))
-    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=STRENGTHS, cv=5, max_iter=1000))
+    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=CS, cv=5, max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about folds without a rare class, and slow convergence
         return model.fit(x, y).score(x_valid, y_valid)

@@ -19,7 +19,7 @@ from cifar10.files import read_csv, read_json, write
 from cifar10.interpretation.report import CIFAR10_SHA256, markdown_table
 from cifar10.options import Options
 from cifar10.recipes import RECIPES
-from compare import spread
+from compare import mean_and_std
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -50,8 +50,10 @@ def runs_of(folder: str) -> list[dict]:
 
 def petaflops(metrics: dict) -> float:
     """PFLOP of a training run; older runs counted images only."""
-    images = metrics["images_per_second"] * metrics["seconds_training"] if "pflop" not in metrics else 0
-    return metrics["pflop"] if "pflop" in metrics else images * result("speed.json")["flops_per_image"] / 1e15
+    if "pflop" in metrics:
+        return metrics["pflop"]
+    images = metrics["images_per_second"] * metrics["seconds_training"]
+    return images * result("speed.json")["flops_per_image"] / 1e15
 
 
 def results() -> str:
@@ -63,7 +65,7 @@ def results() -> str:
         rows.append([
             f"[`--recipe {name}{options}`](results/{folder}/README.md){version}",
             metrics[0]["epochs"],
-            *(spread([run[key] for run in metrics]) for key in ("accuracy", "tta_accuracy")),
+            *(mean_and_std([run[key] for run in metrics]) for key in ("accuracy", "tta_accuracy")),
             len(metrics),
             f"{pflop:.2f}",
             "" if version else f"{1e15 * pflop / rate / 60:.0f}",

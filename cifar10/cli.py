@@ -83,8 +83,10 @@ class Parser(ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             known = re.findall(r"--[a-z][\w-]*", self.format_help())
             closest = get_close_matches(unknown[1], known, n=1)
-            closest = [SYNONYMS[unknown[1]]] if SYNONYMS.get(unknown[1]) in known else closest
-            message = f"there is no option {unknown[1]}; {f'did you mean {closest[0]}?' if closest else 'see --help'}"
+            if SYNONYMS.get(unknown[1]) in known:
+                closest = [SYNONYMS[unknown[1]]]
+            hint = f"did you mean {closest[0]}?" if closest else "see --help"
+            message = f"there is no option {unknown[1]}; {hint}"
         elif message.startswith("unrecognized"):
             message += "; options begin with --, see --help"
         message = message.replace("_parse value", "number")  # fastcore's name for `int | None`

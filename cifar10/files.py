@@ -1,4 +1,4 @@
-"""Atomic writes, and tensors with a checksum."""
+"""Files: atomic writes, locks, JSON and CSV, tensors with a checksum, figures."""
 
 import errno
 import hashlib
@@ -65,7 +65,8 @@ def remove_leftovers(parts: Iterable[Path], age: float = 0):
     for part in parts:
         with suppress(OSError):  # another process may remove it, too
             if time.time() - max(path.stat().st_mtime for path in (part, *part.rglob("*"))) >= age:
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
+                remove = shutil.rmtree if part.is_dir() else Path.unlink
+                remove(part)
 
 
 def write(path: Path, content: str | bytes):

@@ -1,4 +1,4 @@
-"""What a result may depend on besides options and recipe: versions, hardware, the commit of this repository."""
+"""The machine: device, precision and memory, and the versions and hardware that a result depends on."""
 
 import ctypes
 import platform

@@ -28,6 +28,8 @@ POSITIVE = Bounds(0, 1e30, exclusive=True)
 AT_LEAST_0 = Bounds(0, 1e30)
 FRACTION = Bounds(0, 1)
 LAYERS = ("prep", "layer1", "layer2", "layer3")  # that can be frozen
+SMALL_DATASET = 10_000  # training images; with fewer, batches of 512 would leave only a handful of steps per epoch
+EPOCH_STEPS = 20  # of such a data set
 REFERENCE_SIDE = 32  # pixels along each side of the images that a recipe's pixel counts are for; others in proportion
 
 
@@ -83,9 +85,9 @@ class Recipe:
     crop_mode: Annotated[str, choices("reflect", "constant", "edge", "symmetric")] = "reflect"
     flip: bool = True
     cutout: Annotated[int, Bounds(0, 32)] = 8  # side of the square in pixels
-    # Side of the training images in pixels, and until which part of the training run, from 0 to 1.
+    # Side of the training images in pixels, and the fraction of the training run until which it is used.
     sizes: tuple[tuple[int, float], ...] = ((32, 1.0),)
-    # Layers of the model that are frozen, and from which part of the training run on, from 0 to 1.
+    # Layers of the model, and the fraction of the training run from which on each is frozen.
     freeze: tuple[tuple[str, float], ...] = ()
 
     # Initialization: Dirac filters pass their input on, and the first filters whiten the images and are not trained, so
@@ -136,15 +138,15 @@ class Recipe:
     def adapted(self, train_images: int, **changes) -> "Recipe":
         """The recipe for a data set, with `changes`: its peak and its lowest learning rate stay in proportion.
 
-        Small data sets get small batches: at least `EPOCH_STEPS` in an epoch, but of no fewer than 16 images.
+        A small data set gets batches of the largest power of 2, from 16 to 64, that leaves `EPOCH_STEPS` in an epoch.
         """
         epochs = changes.get("epochs", self.epochs)
         changes.setdefault("peak_epoch", self.peak_epoch * epochs / self.epochs)
         if "lr_max" in changes and self.lr_min and self.lr_max:
             changes.setdefault("lr_min", self.lr_min * changes["lr_max"] / self.lr_max)
         if train_images < SMALL_DATASET:
-            enough = 2 ** int(math.log2(max(1, train_images / EPOCH_STEPS)))
-            changes.setdefault("batch_size", max(1, min(max(16, min(64, enough)), train_images)))
+            largest = 2 ** int(math.log2(max(1, train_images / EPOCH_STEPS)))
+            changes.setdefault("batch_size", max(1, min(64, max(16, largest), train_images)))
         return replace(self, **changes)
 
     def describe_cycle(self) -> str:
@@ -155,13 +157,10 @@ class Recipe:
             f"{epochs}, learning rate {self.lr_min:.2g} → {self.lr_max:.2g} at epoch {self.peak_epoch:.3g} → {end:.2g}"
         )
 
-    def side(self, done: float) -> int:
-        """Side in pixels of a training image after this part of the training run, from 0 to 1."""
-        return next((side for side, until in self.sizes if done < until), self.sizes[-1][0])
+    def side(self, pct_train: float) -> int:
+        """Side in pixels of the training images after this fraction of the training run."""
+        return next((side for side, until in self.sizes if pct_train < until), self.sizes[-1][0])
 
-
-SMALL_DATASET = 10_000  # training images; with fewer, batches of 512 would leave only a handful of steps per epoch
-EPOCH_STEPS = 20  # of such a data set
 
 # The assignment as written; what it leaves open is chosen above and here.
 ASSIGNMENT = Recipe(name="assignment", init="dirac", whiten=True)
@@ -193,3 +192,10 @@ FINETUNE = replace(
 )  # fmt: skip
 
 RECIPES = {recipe.name: recipe for recipe in (ASSIGNMENT, FAST, FASTER, BEST, FINETUNE)}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name. Raises `UserError` if there is none."""
+    if name not in RECIPES:
+        raise UserError(f"recipe is {name!r}; it must be one of {', '.join(RECIPES)}")
+    return RECIPES[name]

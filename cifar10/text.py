@@ -24,4 +24,5 @@ def duration(seconds: float) -> str:
 def enumerate_names(names: Iterable[str], separator: str = ", ", most: int = 20) -> str:
     """The first names, and how many more there are."""
     names = list(map(printable, names))
-    return separator.join(names[:most]) + f" and {len(names) - most:,} more" * (len(names) > most)
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + rest

@@ -63,7 +63,7 @@ def test_the_page_gets_grad_cam_without_a_backward_pass(tmp_path, size, half):
     images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     probabilities = classifier.classify(images)
     expected = torch.stack([torch.stack([classifier.grad_cam(image, k)[-1] for k in range(3)]) for image in images])
-    content = export.for_browsers(classifier, images, {})
+    content = export.to_browser_onnx(classifier, images, {})
     found, evidence = map(torch.from_numpy, onnxruntime.InferenceSession(content).run(None, {"images": images.numpy()}))
     assert evidence.shape == (3, 3, size // 8, size // 8) and (evidence.amax(dim=(2, 3)) > 0).any()
     torch.testing.assert_close(found, probabilities)
@@ -82,17 +82,17 @@ def test_the_page_gets_grad_cam_without_a_backward_pass(tmp_path, size, half):
 def test_a_page_shows_the_accuracy_of_its_own_weights_only(exported, tmp_path):
     run = shutil.copytree(exported[0], tmp_path / "run")
     classifier = ImageClassifier.load(run, ResNet)
-    examples, metrics = export.tested(run / "model.safetensors", classifier)
+    examples, metrics = export.find_examples(run / "model.safetensors", classifier)
     assert len(examples) > 1 and metrics["images"] == json.loads((run / "metrics.json").read_text())["images"]
     shutil.copy(run / "model.safetensors", run / "pretrained.safetensors")  # as in a run with --weights
-    assert export.tested(run / "pretrained.safetensors", classifier) == ([], {})
+    assert export.find_examples(run / "pretrained.safetensors", classifier) == ([], {})
     other = ImageClassifier.load(save_classifier(tmp_path / "other", ("ring", "bar")), ResNet)
-    assert export.tested(run / "model.safetensors", other) == (examples, {})
+    assert export.find_examples(run / "model.safetensors", other) == (examples, {})
     for damaged in ('{"accuracy": 0.9', "[1, 2]", "7", '{"loss": 1}'):
         (run / "metrics.json").write_text(damaged)
-        assert export.tested(run / "model.safetensors", classifier) == (examples, {}), damaged
+        assert export.find_examples(run / "model.safetensors", classifier) == (examples, {}), damaged
     (run / "config.json").write_text('{"model_type": "resnet"}')  # of another program
-    assert export.tested(run / "model.safetensors", classifier) == (examples, {})
+    assert export.find_examples(run / "model.safetensors", classifier) == (examples, {})
 
 
 def test_a_difference_is_an_error():

@@ -93,6 +93,7 @@ def test_readme_the_makefile_and_the_workflow_agree_about_python():
     (oldest,) = re.findall(r"You need Python (\S+) or newer", readme)
     assert f"sys.version_info < ({oldest.replace('.', ', ')})" in makefile
     assert f"older than Python {oldest};" in makefile
+    assert f'requires-python = ">={oldest}"' in (ROOT / "pyproject.toml").read_text()
     for name, requirement in requirements("requirements-dev.txt", "constraints.txt").items():
         if not requirement.marker or requirement.marker.evaluate():
             needs = distribution(name).metadata["Requires-Python"] or ""

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -101,40 +101,24 @@ def load(path: Path, key: str, listing: Listing, size: int) -> tuple[PixelFile, 
 def build(
     path: Path, key: str, listing: Listing, size: int, resize: str, fixed_ranges: ValueRanges | None
 ) -> tuple[PixelFile, dict[str, Any]]:
+    """Decode the images of a listing, and write their pixels and the state of the cache."""
     print(f"Decoding {len(listing.images):,} images of {listing.name}, once …")
-    files, step = [image.file for image in listing.images], images_at_once(size)
-    broken: list[tuple[int, str]] = []
-    about: list[Decoded] = []  # the other images, without pixels
+    ranges = dict(fixed_ranges or {})
     with replacing(path) as new:
         with new.open("wb") as file:
-            for begin in range(0, len(files), step):
-                decoded = decode_files(files[begin : begin + step], fixed_ranges or {}, size, resize)
-                for i, item in enumerate(decoded, begin):
-                    if isinstance(item, str):
-                        broken.append((i, item))
-                    else:
-                        file.write(item.pixels.tobytes())
-                        about.append(item._replace(pixels=None))
+            decoded, broken = write_images(file, listing.images, ranges, size, resize)
             images = listing.without(broken)
-            used = [(row, *item.used) for row, item in enumerate(about) if item.used]
+            used = [(row, *item.used) for row, item in enumerate(decoded) if item.used]
             deep = pd.DataFrame(used, columns=["row", "kind", "low", "high"])  # more than 8 bits per value
-            ranges = dict(fixed_ranges or {})
-            for kind, same in deep.groupby("kind"):
-                ranges.setdefault(kind, full_range(kind, float(same.low.min()), float(same.high.max())))
-            for rows in chunked([] if fixed_ranges else deep.row.tolist(), step):  # again, with the range of all
-                decoded = decode_files([images[row].file for row in rows], ranges, size, resize)
-                for row, item in zip(rows, decoded, strict=True):
-                    file.seek(row * item.pixels.nbytes)
-                    file.write(item.pixels.tobytes())
+            for kind, group in deep.groupby("kind"):
+                ranges.setdefault(kind, full_range(kind, float(group.low.min()), float(group.high.max())))
+            if not fixed_ranges:  # so far, each image was scaled by its own range
+                rewrite_images(file, images, deep.row.tolist(), ranges, size, resize)
         pixels = PixelFile(new, size)
         found = find_mistakes(pixels, images, listing.flat)
-        found["have damaged metadata, which is ignored"] = [[row] for row, item in enumerate(about) if item.damaged]
-        for kind, same in deep.groupby("kind"):
-            low, high = ranges[kind]
-            dark = same.row[same.high - low < (high - low) / 10]
-            if 2 * len(dark) > len(same):
-                found[f"use less than a tenth of the range from {low:g} to {high:g}"] = [[row] for row in dark.tolist()]
-        sizes = [item.size for item in about]
+        found["have damaged metadata, which is ignored"] = [[row] for row, item in enumerate(decoded) if item.damaged]
+        found |= find_dark(deep, ranges)
+        sizes = [item.size for item in decoded]
         state = dict(
             fingerprint=key, sha256=digest(images, pixels), broken=broken, ranges=ranges, found=found,
             sizes=[min(sizes), max(sizes)] if sizes else [],
@@ -144,6 +128,43 @@ def build(
     pixels.path = path
     write_json(path.with_suffix(".json"), state)
     return pixels, state
+
+
+def write_images(
+    file: BinaryIO, images: list[Item], ranges: ValueRanges, size: int, resize: str
+) -> tuple[list[Decoded], list[tuple[int, str]]]:
+    """Write the pixels of all images that can be decoded. Returns these, without pixels, and why others can't be."""
+    files, step = [image.file for image in images], images_at_once(size)
+    good: list[Decoded] = []
+    broken: list[tuple[int, str]] = []
+    for begin in range(0, len(files), step):
+        for i, item in enumerate(decode_files(files[begin : begin + step], ranges, size, resize), begin):
+            if isinstance(item, str):
+                broken.append((i, item))
+            else:
+                file.write(item.pixels.tobytes())
+                good.append(item._replace(pixels=None))
+    return good, broken
+
+
+def rewrite_images(file: BinaryIO, images: list[Item], rows: list[int], ranges: ValueRanges, size: int, resize: str):
+    """Decode the images in some rows again, with these ranges, and replace their pixels."""
+    for some in chunked(rows, images_at_once(size)):
+        decoded = decode_files([images[row].file for row in some], ranges, size, resize)
+        for row, item in zip(some, decoded, strict=True):
+            file.seek(row * item.pixels.nbytes)
+            file.write(item.pixels.tobytes())
+
+
+def find_dark(deep: pd.DataFrame, ranges: ValueRanges) -> dict[str, list[list[int]]]:
+    """Where most images of a kind use little of its range: what to say → the rows of these images."""
+    found = {}
+    for kind, group in deep.groupby("kind"):
+        low, high = ranges[kind]
+        dark = group.row[group.high - low < (high - low) / 10]
+        if 2 * len(dark) > len(group):
+            found[f"use less than a tenth of the range from {low:g} to {high:g}"] = [[row] for row in dark.tolist()]
+    return found
 
 
 def find_mistakes(pixels: PixelFile, images: list[Item], flat: bool) -> dict[str, list[list[int]]]:

@@ -145,7 +145,9 @@ def read_file(item) -> Image.Image | np.ndarray:
     if deep and image.format == "PNG":
         return read_16_bit_png(image)
     tags = getattr(image, "tag_v2", {})  # only TIFF files have them
-    bits, signed, white_is_0 = tags.get(258, (8,))[0], tags.get(339, (1,))[0] == 2, tags.get(262) == 0
+    bits = tags.get(ExifTags.Base.BitsPerSample, (8,))[0]
+    signed = tags.get(ExifTags.Base.SampleFormat, (1,))[0] == 2
+    white_is_0 = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
     if (bits == 8 and signed) or (bits > 8 and white_is_0):
         raise ValueError("this kind of TIFF file is not supported, save it as PNG")
     image = upright(image)
@@ -221,7 +223,8 @@ def as_image(values: np.ndarray) -> Image.Image:
 
 def used_range(values: np.ndarray) -> tuple[str, float, float]:
     """The kind of the values, and the lowest and the highest that a color has."""
-    colors = values[..., : (1, 1, 3, 3)[values.shape[2] - 1]].astype(float)
+    n_colors = 1 if values.shape[2] <= 2 else 3  # the channel after them is alpha
+    colors = values[..., :n_colors].astype(float)
     colors = colors[np.isfinite(colors)]
     kind = "float" if values.dtype.kind == "f" else "integer"
     return kind, float(colors.min(initial=np.inf)), float(colors.max(initial=-np.inf))
@@ -237,7 +240,9 @@ def full_range(kind: str, lowest: float, highest: float) -> tuple[float, float]:
         return 0, 1
     if lowest < 0 or (kind == "float" and highest <= 0.5):
         return min(lowest, 0), highest
-    return 0, 1 if highest <= 1 else 2 ** max(8, int(highest).bit_length()) - 1
+    if highest <= 1:
+        return 0, 1
+    return 0, 2 ** max(8, int(highest).bit_length()) - 1
 
 
 def to_8_bits(values: np.ndarray, low: float, high: float) -> Image.Image:

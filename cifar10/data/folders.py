@@ -7,6 +7,7 @@ from pathlib import Path
 
 TABLES = (".csv", ".tsv")
 SPLITS = ("train", "valid", "test")
+# A word that means a split, as in `seg_train` or `train2017`, but not in `contest`: there is no letter on either side.
 SPLIT = re.compile(
     r"(?<![^\W\d_])(?:(?P<train>train(ing)?)|(?P<valid>val(id(ation)?)?)|(?P<test>test(ing)?))"
     r"(set|data|images?)?(?![^\W\d_])"
@@ -32,7 +33,7 @@ def pass_through(folder: Path) -> Path:
 
 def split_of(name: str) -> str | None:
     """The one of `SPLITS` that a name means, in any letter case and with affixes: `Val`, `seg_train`, `test_images`."""
-    found = {name for match in SPLIT.finditer(name.casefold()) for name in SPLITS if match[name]}
+    found = {split for match in SPLIT.finditer(name.casefold()) for split in SPLITS if match[split]}
     return found.pop() if len(found) == 1 else None
 
 
@@ -44,14 +45,17 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     named = [(split_of(path.name), path) for path in list_folders(folder)]
     several = len({split for split, _ in named if split}) > 1
 
-    def plain(path: Path) -> tuple[bool, bool, str]:
-        return path.name not in SPLITS, not SPLIT.fullmatch(path.name.casefold()), path.name
+    def has_affix(path: Path) -> bool:
+        return not SPLIT.fullmatch(path.name.casefold())
 
-    found = {
-        name: sorted((path for split, path in named if split == name and (several or not plain(path)[1])), key=plain)
-        for name in SPLITS
-    }
-    return {split: paths for split, paths in found.items() if paths}
+    def rank(path: Path) -> tuple[bool, bool, str]:  # False comes first
+        return path.name not in SPLITS, has_affix(path), path.name
+
+    found = {}
+    for name in SPLITS:
+        if paths := [path for split, path in named if split == name and (several or not has_affix(path))]:
+            found[name] = sorted(paths, key=rank)
+    return found
 
 
 def table_hint(folder: Path) -> str:

@@ -51,7 +51,7 @@ def list_table(table: Path, reading: Reading) -> Listing:
     parts = {*rows[split].map(split_of)} if split else set()
     rows = rows[~skipped]
     found = rows[image].map(lambda cell: find(folder / cell))
-    files = pd.Series([same[0] if same else folder / cell for same, cell in zip(found, rows[image])], rows.index)
+    files = pd.Series([paths[0] if paths else folder / cell for paths, cell in zip(found, rows[image])], rows.index)
     splits = rows[split].map(split_of) if split else pd.Series("train", rows.index)
     for column, wrong, why in (
         (label, rows[label] == "", "it is empty"),
@@ -69,8 +69,8 @@ def list_table(table: Path, reading: Reading) -> Listing:
         notes.append(f"all images are in the split {parts.pop()}, so they count as not split")
         split, splits = None, pd.Series("train", rows.index)
     classes: dict[str, dict[str, list[Path]]] = {name: {} for name in SPLITS if name == "train" or name in {*splits}}
-    for (name, same), group in files.groupby([splits, rows[label]]):
-        classes[name][same] = list(group)
+    for (split_name, class_name), group in files.groupby([splits, rows[label]]):
+        classes[split_name][class_name] = list(group)
     ignored = Counter({"in skipped classes": int(skipped.sum())})
     check_classes(table, classes, ignored)
     if not found.map(len).any():
@@ -79,7 +79,7 @@ def list_table(table: Path, reading: Reading) -> Listing:
     listing = Listing(table, classes, ignored, flat=not split)
     listing.notes += notes
     if (folder, image, label) != (table.parent, "image", "label"):
-        where = f" in {printable(folder.name)}/" * (folder != table.parent)
+        where = f" in {printable(folder.name)}/" if folder != table.parent else ""
         splits_too = f", splits: column {printable(split)}" if split else ""
         listing.notes.append(
             f"images: column {printable(image)}{where}, classes: column {printable(label)}{splits_too}"

@@ -1,5 +1,6 @@
 """How the images reach the model: ImageTable → DataBlock → DataLoaders, where a batch is one indexing operation."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -19,16 +20,19 @@ from cifar10.errors import UserError
 from cifar10.hardware import get_device
 from cifar10.text import enumerate_names, plural, printable
 
-IMBALANCE = 10  # times as many images of a class as of another are worth a word
+IMBALANCE = 10  # if a class has this many times the images of another, a note says so
 
 
 class TensorDL(TfmdDL):
     """A fastai DataLoader whose images are one uint8 tensor, so that a batch is one indexing operation.
 
     Images of `table` are taken from there; others (`dls.test_dl(files)`, `learn.predict(image)`) are decoded here, with
-    the same `ranges`. `share` is the part of each batch that this process takes, if it is not all; `whole` is the
-    number of images in the whole batch. A transform without a `part` gets all of them, in case it draws random
-    numbers.
+    the same `ranges`, `size` and `resize`.
+
+    With several processes, `share` is the slice of each batch that this one trains on (`None`: all of it), and `whole`
+    the number of images in the whole batch. Only that slice is loaded and transformed if each transform has a `shard`
+    or draws no random numbers (`takes_shards`). Otherwise the whole batch is transformed first, so that the random
+    numbers are the same in all processes.
     """
 
     share: slice | None = None
@@ -83,8 +87,8 @@ class TensorDL(TfmdDL):
 
     def __iter__(self) -> Iterator[tuple]:
         for batch in super().__iter__():
-            if self.share is not None and not self.takes_parts:
-                batch = tuple(part[self.share] for part in batch)
+            if self.share is not None and not self.takes_shards:
+                batch = tuple(tensor[self.share] for tensor in batch)
             if len(batch[0]):  # the last one may be too small for all processes
                 yield batch
 
@@ -93,26 +97,29 @@ class TensorDL(TfmdDL):
 
         Raises `UserError` if there are transforms that would be left out.
         """
-        transforms, takes_parts = self.after_batch.fs, self.takes_parts
+        transforms, takes_shards = self.after_batch.fs, self.takes_shards
         leave_labels(*transforms)
-        steps = [step for when in (self.after_item, self.before_batch) for step in getattr(when, "fs", [when])]
-        if other := [step for step in steps if not isinstance(step, ToTensor)]:
-            raise UserError(f"{other[0]} is for single images, which don't occur here; use a batch transform instead")
-        samps, epoch = iter(samps), -(-self.n // self.bs) * self.bs
+        for pipeline in (self.after_item, self.before_batch):
+            for tfm in getattr(pipeline, "fs", [pipeline]):
+                if not isinstance(tfm, ToTensor):
+                    why = "is for single images, which don't occur here; use a batch transform instead"
+                    raise UserError(f"{tfm} {why}")
+        samps, epoch = iter(samps), math.ceil(self.n / self.bs) * self.bs
         while idxs := list(islice(samps, epoch)):  # there may be more, even without end
             for batch in torch.tensor(idxs, device=self.device).split(self.bs):
                 if len(batch) == self.bs or not self.drop_last:
                     self.whole = len(batch)
                     for transform in transforms:
-                        if hasattr(transform, "part"):
-                            transform.part = (len(batch), self.share) if takes_parts else None
-                    yield self.batch(batch[self.share] if takes_parts else batch)
+                        if hasattr(transform, "shard"):
+                            transform.shard = (len(batch), self.share) if takes_shards else None
+                    yield self.batch(batch[self.share] if takes_shards else batch)
 
     @property
-    def takes_parts(self) -> bool:
-        """Whether to load a part of each batch only: all transforms draw no random numbers, or those for all of it."""
-        alike = [hasattr(tfm, "part") or isinstance(tfm, (IntToFloatTensor, Normalize)) for tfm in self.after_batch.fs]
-        return self.share is not None and all(alike)
+    def takes_shards(self) -> bool:
+        """Whether to load and transform only this process's slice of each batch."""
+        tfms = self.after_batch.fs
+        shardable = all(hasattr(tfm, "shard") or isinstance(tfm, (IntToFloatTensor, Normalize)) for tfm in tfms)
+        return self.share is not None and shardable
 
     def batch(self, indices: Tensor) -> tuple:
         """Images uint8 `(n, 3, size, size)`, and labels int64 `(n,)` if the data set has them, on the device."""
@@ -234,9 +241,10 @@ def describe(dls: DataLoaders) -> str:
     images, names = dls.train.table, ("training", "validation", "test")
     counts = [f"{len(dl.dataset):,} {name}" for dl, name in zip(dls.loaders, names, strict=False)]
     sizes = " to ".join(dict.fromkeys(f"{width}×{height}" for width, height in images.sizes))
-    resized = f", resized to {images.size}×{images.size}" * (sizes != f"{images.size}×{images.size}")
+    target = f"{images.size}×{images.size}"
+    resized = f", resized to {target}" if sizes != target else ""
     listed = f"{', '.join(counts[:-1])} and {counts[-1]}"
     left, bs = dls.train.n % dls.train.bs, dls.train.bs
-    skipped = f"; each epoch skips {left:,} that don't fill a batch of {bs}" * (5 * left > dls.train.n)
+    skipped = f"; each epoch skips {left:,} that don't fill a batch of {bs}" if 5 * left > dls.train.n else ""
     classes = f"{plural(len(dls.vocab), 'class')} ({enumerate_names(dls.vocab, most=10)})"
     return f"{images.name}: {classes}; {listed} images, {sizes} pixels{resized}{skipped}"

@@ -9,7 +9,7 @@ from cifar10.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What to make of a folder or table, and of each image; train.py's options of the same names say more."""
+    """How to read a folder or table, and each image; train.py's options of the same names say more."""
 
     size: int = SIZE  # pixels along each side
     resize: str = "crop"  # one of `RESIZE`
@@ -32,5 +32,5 @@ class Reading:
 
     @classmethod
     def of(cls, options) -> "Reading":
-        """Those of train.py's options."""
+        """The `Reading` in train.py's options."""
         return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})

@@ -258,7 +258,7 @@ def is_in(name: bytes, encoding: str, scripts: tuple[str, ...]) -> bool:
     characters = [character for part in parts if not part.isascii() for character in part]
     letters = [unicodedata.name(character, "") for character in characters if character.isalpha()]
     symbols = [character for character in characters if unicodedata.category(character)[0] in "SC"]
-    return all(name.startswith(scripts) for name in letters) and all(map(str.isascii, symbols))
+    return all(letter.startswith(scripts) for letter in letters) and all(map(str.isascii, symbols))
 
 
 def check_members(members: Iterable[tuple[str, int]], folder: Path):

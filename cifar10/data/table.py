@@ -26,15 +26,17 @@ HOLDOUT_SEED = 42  # the same for every run, so that runs with different seeds c
 class ImageTable:
     """All images of a data set: `files[i]`, of class `labels[i]`, decodes to `pixels[i]`, uint8 `(N, 3, size, size)`.
 
-    They are decoded on all cores, once: the cache below fastai's folder is renewed when a name, size or time in the
-    folder changes, or when its checksum does not match. Up to 1 GiB of pixels are in memory, more stay on disk
-    (`PixelFile`). `folder` may also be a CSV file, see `list_table`. `ranges` are the values that became 0 and 255, if
-    images have more than 8 bits per value, see `decode_image`; they are found, unless `fixed_ranges` are those of
-    another data set. `hash` is the SHA-256 of the pixels and of each image's split and class. `data` is what
-    `prepare_data` takes to find the folder again, and `defaults` the hyperparameters that suit the images better than a
-    recipe's. `changes` are fields of the `reading`: `size=64`. What a user should know about the folder is printed.
-    Raises `UserError` if there are files that can't be read, unless they are left out by `skip_broken`, and if the rest
-    can't be trained on; if it can't be split as `valid` says, see `split_rows`, before anything is decoded.
+    `data` is what `prepare_data` takes. `changes` are fields of the `reading`, like `size=64`. Images are decoded once,
+    on all cores, into a cache below fastai's folder, which is renewed when a file's name, size or time changes, or when
+    its checksum does not match. Up to 1 GiB of pixels are in memory, more stay on disk (`PixelFile`).
+
+    `folder` is the image folder, or a CSV file (see `list_table`); `data` finds it again. `ranges` are the values that
+    became 0 and 255 in images with more than 8 bits per value: those found, or the `fixed_ranges` of another data set.
+    `hash` is the SHA-256 of the pixels and of each image's split and class. `defaults` are hyperparameters that suit
+    the images better than a recipe's.
+
+    Prints what a user should know about the images. Raises `UserError` if they can't be split as `valid` says (before
+    decoding, see `split_rows`), if some can't be read and `skip_broken` is false, and if the rest can't be trained on.
     """
 
     def __init__(self, data: str | Path, reading: Reading | None = None, valid: str | None = None,
@@ -83,13 +85,14 @@ class ImageTable:
         self.row = {file: row for row, file in enumerate(self.files)}
 
     @classmethod
-    def open(cls, data: "str | Path | ImageTable", reading: Reading | None = None, *args, **kwargs) -> "ImageTable":
-        """The images that `data` names, or those of an `ImageTable`, which can't be read in another way any more."""
+    def open(cls, data: "str | Path | ImageTable", reading: Reading | None = None, valid: str | None = None,
+             fixed_ranges: ValueRanges | None = None, **changes) -> "ImageTable":  # fmt: skip
+        """`ImageTable(data, …)`, or `data` itself if it is one; `UserError` if that was read in another way."""
         if not isinstance(data, ImageTable):
-            return cls(data, reading, *args, **kwargs)
-        asked = vars(reading or data.reading) | kwargs
+            return cls(data, reading, valid, fixed_ranges, **changes)
+        wanted = vars(reading or data.reading) | changes
         for name, was in vars(data.reading).items():
-            if (asked[name] or None) != (was or None):
+            if (wanted[name] or None) != (was or None):  # no list is the same as an empty one
                 raise UserError(f"{name} was {was!r} when the images were read; pass their path to read them anew")
         return data
 

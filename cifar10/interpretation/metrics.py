@@ -92,7 +92,10 @@ def fit_temperature(preds: Tensor, targs: Tensor) -> float | None:
     `None` if it is not between 1/10 and 10: few images, or too many mistakes or none, determine no temperature.
     """
     logits = log_probabilities(preds.double())
-    loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targs).item()  # noqa: E731
+
+    def loss(log_t: float) -> float:
+        return F.cross_entropy(logits / np.exp(log_t), targs).item()
+
     temperature = float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
     return temperature if 0.1 < temperature < 10 else None
 

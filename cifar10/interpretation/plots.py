@@ -131,7 +131,7 @@ def plot_misclassified(interp: Interpretation):
     for ax, image, row in zip(axes.flat, interp.images(shown)[1].cpu(), shown):
         show_image(ax, image, "\n".join(caption(interp, names, row, 29)))
         ax.title.set_color("black" if interp.decoded[row] != interp.targs[row] else "tab:green")
-    green = "; green: correct" * (len(interp.misclassified()) < len(shown))
+    green = "; green: correct" if len(interp.misclassified()) < len(shown) else ""
     figure.suptitle(f"The {title_of_hardest(interp, len(shown))} (out of {len(interp.targs):,}{green})")
 
 

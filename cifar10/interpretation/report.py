@@ -26,7 +26,9 @@ from cifar10.runs.run import Run
 from cifar10.text import plural, printable
 
 N_SUSPECTS, N_EXAMPLES = 20, 10
-SMOOTHED = 1.5  # times the label smoothing: it lowers a sure prediction by almost once, one of a hard image by more
+# Label smoothing is named as the cause of probabilities that are too low by at most this multiple of it: it lowers sure
+# predictions by almost as much as itself, and others by more.
+SMOOTHED = 1.5
 NOTEBOOK_LOG = Path(__file__).parents[2] / "results/notebook/log.csv"  # of the assignment
 CIFAR10_SHA256 = "2ebad64464aa84e29315dc092b00cf79fb98223a601e0112bf2a17411e9908bc"  # `ImageTable.hash` of CIFAR-10
 PLOTS = {  # file → what draws it from the predictions (the others are drawn in training), its title, its caption
@@ -199,9 +201,12 @@ def command(options: Options) -> str:
     unimportant = ("device", "precision", "runs_dir", "name", "resume")
     words = ["python", "train.py"]
     for name, value in vars(options).items():
-        if value != getattr(Options, name) and name not in unimportant:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{'no_' * (not value)}{name}"] if isinstance(value, bool) else [f"--{name}", *map(str, values)]
+        if value == getattr(Options, name) or name in unimportant:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
@@ -293,7 +298,7 @@ def write_report(learn: Learner, run: Run, folder: Path, split: str, temperature
     if split in ("test", "validation"):
         images = f"{count:,} {split} images of {table.name}"
     else:
-        mostly = ", mostly trained on" * (split in ("train", "all") and table.hash == run.sha256)
+        mostly = ", mostly trained on" if split in ("train", "all") and table.hash == run.sha256 else ""
         images = f"{count:,} images of {table.name} ({split}{mostly})"
     title = f"{metrics['accuracy']:.2%} of {images} correct"
     blocks = [f"# {escape(title)}", statements(run, run.metrics | metrics if own else metrics, own)]

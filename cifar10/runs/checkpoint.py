@@ -79,7 +79,10 @@ class SaveCheckpoint(Callback):
         self.training_run, self.started, self.resumed = run, started, resumed
 
     def before_fit(self):
-        load_state_dict(self.learn, *self.resumed) if self.resumed else self.save()
+        if self.resumed:
+            load_state_dict(self.learn, *self.resumed)
+        else:
+            self.save()
 
     def after_epoch(self):
         if not self.recorder.skipped:

@@ -147,7 +147,7 @@ class StopAtNaN(Callback):
         loss = self.loss.item()
         if not math.isfinite(loss):
             finite = torch.stack(self.recorder.step_losses).isfinite().tolist()
-            step = [*finite[:-1], False].index(False)  # the last one if the validation loss is not finite
+            step = finite.index(False) if False in finite else len(finite) - 1  # then the validation loss is not finite
             epoch, batch = divmod(step, len(self.dls.train))
             raise UserError(
                 f"the loss became {loss:g} in epoch {epoch + 1}, batch {batch + 1} of {len(self.dls.train)}, at a"
@@ -193,7 +193,7 @@ class TimeEstimate(Callback):
             self.report(step, epochs, step * float(training + validation))
 
     def report(self, step: float, epochs: int, seconds: float):
-        what = plural(epochs, "epoch") + " and the LR finder" * (self.recipe.lr_max is None)
+        what = plural(epochs, "epoch") + (" and the LR finder" if self.recipe.lr_max is None else "")
         message = f"{what} will take about {duration(seconds)} ({1000 * step:.0f} ms per step)."
         short = 1 + epochs // 8
         on_cpu, by_assignment = torch.device(self.dls.device).type == "cpu", self.recipe.name == "assignment"
@@ -202,4 +202,5 @@ class TimeEstimate(Callback):
                 f" A GPU is much faster. On this CPU, --epochs {short} --peak_epoch 1 takes about"
                 f" {duration(seconds * short / epochs)}; --recipe faster is made for CPUs."
             )
-        self.progress.mbar.write(message) if hasattr(self, "progress") else print(message)
+        write = self.progress.mbar.write if hasattr(self, "progress") else print
+        write(message)

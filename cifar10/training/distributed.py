@@ -88,8 +88,8 @@ class Distributed(Callback):
             for loader in self.loaders:
                 loader.share = None
                 for transform in getattr(loader.after_batch, "fs", []):
-                    if hasattr(transform, "part"):
-                        transform.part = None
+                    if hasattr(transform, "shard"):
+                        transform.shard = None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

@@ -67,7 +67,8 @@ class Learner(learner.Learner):
     """fastai's Learner, but after an exception, including Ctrl-C, nothing carries over that would change the next fit.
 
     Only weights, momentum and hyperparameters stay where training stopped; an LR finder restores them as usual.
-    The parameters in `fixed` are never trained, not even after `unfreeze`.
+    The parameters in `fixed` are never trained, not even after `unfreeze`; `lr_scales` are factors for the learning
+    rates of single parameters. Without further arguments, `fine_tune` and `lr_find` follow the recipe.
     Events go only to the callbacks that handle them; calling all of them would be slower.
     """
 
@@ -126,9 +127,9 @@ class Learner(learner.Learner):
         self.fit(n_epoch, wd=wd, cbs=[ParamScheduler(scheds), *L(cbs)], **kwargs)
 
     def fine_tune(self, epochs, *args, cbs=None, **kwargs):
-        """Fit the last layer, and train all layers as the recipe says; with more arguments, as fastai does.
+        """Fit the last layer by logistic regression, then train all layers for `epochs` in the recipe's cycle.
 
-        The latter is also for models without the ResNet's `pool` and `fc`.
+        With more arguments, like `base_lr`, and for a model without `fc`, it is fastai's method.
         """
         if args or kwargs or not hasattr(get_model(self.model), "fc"):
             return super().fine_tune(epochs, *args, cbs=cbs, **kwargs)
@@ -140,7 +141,10 @@ class Learner(learner.Learner):
         self.fit_one_cycle(epochs, lr, div, 1e5 if recipe.annihilate else div, cbs=cbs, **settings)
 
     def lr_find(self, *args, show_plot: bool = True, **kwargs):
-        """Without arguments, the sweep of train.py: `lr_max` and `lr_min`, then fastai's suggestions; else fastai's."""
+        """The sweep of train.py, which returns `lr_max`, `lr_min` and fastai's `minimum`, `steep` and `valley`.
+
+        With arguments, the sweep and what it returns are fastai's.
+        """
         if args or kwargs:
             return super().lr_find(*args, show_plot=show_plot, **kwargs)
         curve = find_lrs(self)
@@ -149,7 +153,7 @@ class Learner(learner.Learner):
         values = dict(lr_max=curve.lr_max, lr_min=curve.lr_min) | curve.suggestions
         return namedtuple("SuggestedLRs", values)(**values)  # as in fastai
 
-    def one_batch(self, i, b):
+    def one_batch(self, i, b):  # fastai's leaves autocast on after an exception
         device = torch.device(self.dls.device).type
         before = torch.is_autocast_enabled(device)
         try:
@@ -165,7 +169,7 @@ class Learner(learner.Learner):
             self.remove_cb(self.mixed_precision)
         return super().add_cb(cb)
 
-    def no_bar(self):
+    def no_bar(self):  # fastai's would put its own progress bar back, not ours
         return self.removed_cbs(L(cb for cb in self.cbs if isinstance(cb, Progress)))
 
 
@@ -190,24 +194,28 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
     # Convolutions run faster with the channels last, but not on an Apple GPU.
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     model = model.to(device, memory_format=layout)  # type: ignore
+    callbacks = [TrainEvalCallback(), EpochRecorder(), learner.CastToTensor(), Progress()]
+    callbacks += precision_callbacks(precision, device)
+    if recipe.clip:
+        callbacks.append(GradientValueClip(recipe.clip))
+    if recipe.l1:
+        callbacks.append(L1Penalty(recipe.l1))
+    if len(recipe.sizes) > 1:
+        callbacks.append(ProgressiveResize(recipe))
+    if recipe.freeze:
+        callbacks.append(FreezeLayers(recipe))
+    if not recipe.train_norm_stats:
+        callbacks.append(FreezeNormStats())
+    callbacks.append(CountFlop())
+    if is_distributed():
+        callbacks.append(Distributed())
     settings = dict(
         loss_func=CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing),
         opt_func=optimizer,
         metrics=accuracy,
         moms=(recipe.momentum,) * 3,  # the assignment cycles only the learning rate
         default_cbs=False,
-        cbs=[
-            *(TrainEvalCallback(), EpochRecorder(), learner.CastToTensor(), Progress()),
-            *precision_callbacks(precision, device),
-            *([GradientValueClip(recipe.clip)] if recipe.clip else []),
-            *([L1Penalty(recipe.l1)] if recipe.l1 else []),
-            *([ProgressiveResize(recipe)] if len(recipe.sizes) > 1 else []),
-            *([FreezeLayers(recipe)] if recipe.freeze else []),
-            *([FreezeNormStats()] if not recipe.train_norm_stats else []),
-            CountFlop(),
-            *([Distributed()] if is_distributed() else []),
-            *L(cbs),
-        ],
+        cbs=[*callbacks, *L(cbs)],
     )
     learn = Learner(dls, model, **(settings | kwargs))
     learn.recipe, learn.precision = replace(recipe, lr_max=kwargs.get("lr", recipe.lr_max)), precision

@@ -21,8 +21,9 @@ START, END = 1e-3, 3.0  # from where nothing happens yet to where every model di
 STEPS = 50  # of a sweep at least
 MOST_SMOOTHED = 20  # steps in a moving average
 IMAGES = 3_200  # of a sweep at least: the losses of small batches are noisy, so there are more of them to average
-BLOW_UP = 1.1  # times the loss at the start: beyond it, a curve says nothing more about good learning rates
-RISE = 0.3  # of the fall of the loss: beyond it, neither
+BLOW_UP = 1.1  # a curve is cut off where the loss exceeds this multiple of the loss at the start,
+RISE = 0.3  # or where it has risen again by this fraction of what it fell
+NORMAL_DIFFERENCE = 0.954  # median distance of two draws from a normal distribution, in standard deviations
 FEWEST = 10  # steps to draw conclusions from
 
 
@@ -61,15 +62,18 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> tuple[float, float, di
     Raises `UserError` if fewer than `FEWEST` steps come before the blow-up.
     """
     smooth = smoothed(losses)
-    bad = np.flatnonzero(~(smooth <= BLOW_UP * smooth[0]))
-    end = int(bad[0]) if len(bad) else len(lrs)
-    risen = smooth[:end] - np.minimum.accumulate(smooth[:end]) > RISE * (smooth[0] - smooth[:end].min())
-    end = min([end, *(step for step in np.flatnonzero(risen).tolist() if step >= FEWEST)])
+    blown_up = np.flatnonzero(~(smooth <= BLOW_UP * smooth[0]))  # negated, so that it includes a NaN
+    end = int(blown_up[0]) if len(blown_up) else len(lrs)
+    rise, fall = smooth[:end] - np.minimum.accumulate(smooth[:end]), smooth[0] - smooth[:end].min()
+    risen = np.flatnonzero(rise > RISE * fall)
+    risen = risen[risen >= FEWEST]
+    end = int(risen[0]) if len(risen) else end
     if end < FEWEST:
         raise UserError(f"the loss blows up at a learning rate of {lrs[end]:.2g} already; set --lr_max and --lr_min")
     # From a step to the next, losses differ by noise; the median of the differences does not see outliers.
-    noise = np.median(np.abs(np.diff(losses[:end]))) / 0.954 / window(losses) ** 0.5  # a standard error, if normal
-    lowest = smooth[:end] <= smooth[:end].min() + 2 * noise
+    noise = np.median(np.abs(np.diff(losses[:end]))) / NORMAL_DIFFERENCE
+    standard_error = noise / window(losses) ** 0.5
+    lowest = smooth[:end] <= smooth[:end].min() + 2 * standard_error
     lr_max = float(np.exp(np.log(lrs[:end])[lowest].mean()))
     x, y = torch.tensor(lrs[:end]), torch.tensor(smooth[:end])
     suggestions = {function.__name__: float(function(x, y, end)[0]) for function in (minimum, steep, valley)}

@@ -16,20 +16,22 @@ def zeropower_via_newtonschulz(matrices: list[Tensor], steps: int = 3, dtype=tor
     These two products are computed in `dtype`; rounding to bfloat16 changes the result by less than a hundredth.
     A GPU multiplies all Gram matrices of one size at once, because starting a product takes longer than computing it.
     """
-    wide = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]
+    wide = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]  # whose Gram matrices are the smaller ones
     wide = [(m / (m.norm() + 1e-7)).to(dtype) for m in wide]
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's, chosen to raise small singular values quickly
     results: list[Tensor] = [torch.empty(0)] * len(wide)
-    together = groupby(range(len(wide)), lambda i: len(wide[i]) if wide[i].is_cuda else -i)  # on a CPU each by itself
-    for numbers in together.values():
-        square = torch.stack([wide[i] @ wide[i].T for i in numbers]).float()
-        identity = a * torch.eye(square.shape[1], device=square.device)
-        step = product = torch.baddbmm(square, square, square, beta=b, alpha=c) + identity
+    batches = [[i] for i in range(len(wide))]
+    if any(m.is_cuda for m in wide):
+        batches = list(groupby(range(len(wide)), lambda i: len(wide[i])).values())
+    for batch in batches:
+        gram = torch.stack([wide[i] @ wide[i].T for i in batch]).float()
+        identity = a * torch.eye(gram.shape[1], device=gram.device)
+        step = product = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + identity  # aI + bG + cG²
         for _ in range(steps - 1):
-            square = step @ square @ step
-            step = torch.baddbmm(square, square, square, beta=b, alpha=c) + identity
+            gram = step @ gram @ step
+            step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + identity
             product = step @ product
-        for i, p in zip(numbers, product.to(dtype), strict=True):
+        for i, p in zip(batch, product.to(dtype), strict=True):
             results[i] = (p @ wide[i]).to(matrices[i].dtype)
     return [r.T if m.shape[0] > m.shape[1] else r for m, r in zip(matrices, results, strict=True)]
 
@@ -71,12 +73,12 @@ class Muon(Optimizer):
                 self.step_group(params, hyper["lr"], hyper["mom"], hyper["wd"])
 
     def step_group(self, params: list, lr: float, momentum: float, weight_decay: float):
-        muon = [i for i, p in enumerate(params) if self.use_muon and p.ndim == 4]
-        gradients = [
-            p.grad.add(p, alpha=weight_decay) if weight_decay and p.ndim > 1 and i not in muon else p.grad
-            for i, p in enumerate(params)
-        ]
-        for p in params:
+        """One step of parameters that have gradients and the same hyperparameters."""
+        convs = [i for i, p in enumerate(params) if self.use_muon and p.ndim == 4]
+        gradients = [p.grad for p in params]
+        for i, p in enumerate(params):
+            if weight_decay and p.ndim > 1 and i not in convs:
+                gradients[i] = p.grad.add(p, alpha=weight_decay)
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
@@ -84,12 +86,14 @@ class Muon(Optimizer):
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         updates = list(torch._foreach_add(gradients, buffers, alpha=momentum))
-        last = [updates[i].permute(0, 2, 3, 1) for i in muon]  # channels last, which is faster
-        matrices = zeropower_via_newtonschulz([u.flatten(1) for u in last], self.ns_steps, self.dtype)
-        for i, matrix, u in zip(muon, matrices, last, strict=True):
-            p, (out, inputs) = params[i], matrix.shape
-            p.mul_(out**0.5 / p.norm().clamp_min(1e-7))
-            updates[i] = matrix.view_as(u).permute(0, 3, 1, 2) * (self.lr_scale * max(1, out / inputs) ** 0.5)
+        filters = [updates[i].permute(0, 2, 3, 1) for i in convs]  # (out, h, w, in): channels last, which is faster
+        matrices = zeropower_via_newtonschulz([f.flatten(1) for f in filters], self.ns_steps, self.dtype)
+        for i, update, matrix in zip(convs, filters, matrices, strict=True):
+            rows, columns = matrix.shape
+            params[i].mul_(rows**0.5 / params[i].norm().clamp_min(1e-7))
+            # An orthogonal matrix has the norm √min(rows, columns); this factor makes it √rows.
+            scale = self.lr_scale * max(1, rows / columns) ** 0.5
+            updates[i] = matrix.view_as(update).permute(0, 3, 1, 2) * scale
         for i, p in enumerate(params):
             if p in self.lr_scales:
                 updates[i] = updates[i] * self.lr_scales[p]

@@ -11,7 +11,7 @@ DEVICE_RNG = {"cuda": torch.cuda, "mps": torch.mps}  # devices with a random sta
 
 
 def random_states(dls: DataLoaders) -> dict[str, Any]:
-    """Of all generators that training draws from: two tensors, of PyTorch and of the device, and values for JSON."""
+    """The states of all these generators: tensors for PyTorch and the device, values for JSON for the others."""
     numpy: Any = np.random.get_state()
     states: dict[str, Any] = dict(python=random.getstate(), numpy=[numpy[0], numpy[1].tolist(), *numpy[2:]])
     states |= dict(loaders=[dl.rng.getstate() for dl in (dls.train, dls.valid)], torch=torch.get_rng_state())

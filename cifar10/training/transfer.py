@@ -10,12 +10,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 MOST = 5_000  # training images for the logistic regression, whose time grows with their number
-STRENGTH = 0.1  # C of the logistic regression on standardized features; the best one differs between data sets
+C = 0.1  # its inverse regularization strength, on standardized features; the best one differs between data sets
 
 
 @torch.no_grad()
 def features(learn: Learner, files: list) -> tuple[np.ndarray, np.ndarray]:
-    """What the last layer gets of images, without augmentation: `(N, features)`, and their classes, `(N,)`."""
+    """The inputs of the last layer for images without augmentation, `(N, features)`, and their labels, `(N,)`."""
     dl, model = learn.dls.test_dl(files, with_labels=True), get_model(learn.model)
     found, labels = [], []
     model.eval()
@@ -43,7 +43,7 @@ def fit_head(learn: Learner):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         balance = "balanced" if getattr(learn.dls.train, "weighted", False) else None
-        fitted = LogisticRegression(C=STRENGTH, max_iter=1000, class_weight=balance).fit((x - mean) / std, y)
+        fitted = LogisticRegression(C=C, max_iter=1000, class_weight=balance).fit((x - mean) / std, y)
     weight = fitted.coef_ / std
     bias = fitted.intercept_ - weight @ mean
     if len(fitted.classes_) == 2:  # scikit-learn has one output for both

@@ -96,7 +96,7 @@ def test_the_part_of_a_process_is_what_it_would_be_in_the_whole_batch(others):
         torch.manual_seed(0)
         dl.rng.seed(0)
         dl.share = share
-        assert dl.takes_parts == (share is not None and not others)
+        assert dl.takes_shards == (share is not None and not others)
         return list(dl)
 
     parts = [epoch(slice(rank, None, 3)) for rank in range(3)]

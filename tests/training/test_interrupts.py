@@ -40,7 +40,7 @@ def kept(learn) -> dict:
     """What no fit changes for good, even if it is interrupted."""
     modules = list(learn.model.modules())
     loaders = [vars(loader).get("share") for loader in learn.dls.loaders]
-    transforms = [(t, getattr(t, "part", None)) for loader in learn.dls.loaders for t in loader.after_batch.fs]
+    transforms = [(t, getattr(t, "shard", None)) for loader in learn.dls.loaders for t in loader.after_batch.fs]
     return dict(
         modules=modules, kinds=[type(module) for module in modules], hooks=hooks(learn),
         trained=[p.requires_grad for p in learn.model.parameters()],

@@ -7,6 +7,7 @@ import pytest
 
 from cifar10.errors import UserError
 from cifar10.recipes import ASSIGNMENT, FAST, RECIPES, Recipe
+from train import get_dls, get_learner
 
 SMALL_FIRST = replace(ASSIGNMENT, sizes=((16, 0.5), (32, 1.0)))
 
@@ -36,6 +37,12 @@ def test_a_recipe_survives_json(recipe):
     assert values["freeze"] == [list(pair) for pair in recipe.freeze]
     with pytest.raises(TypeError):
         Recipe.from_json(values | {"unknown": 1})
+
+
+def test_a_recipe_that_does_not_exist(dls):
+    for wrong in (lambda: get_dls("digits", "fastest"), lambda: get_learner(dls, "fastest")):
+        with pytest.raises(UserError, match="recipe is 'fastest'; it must be one of assignment, fast, faster, "):
+            wrong()
 
 
 @pytest.mark.parametrize(

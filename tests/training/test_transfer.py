@@ -40,7 +40,7 @@ def source(shapes, tmp_path_factory):
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(2, 0.1)
     run = Run.create(Options(runs_dir=str(tmp_path_factory.mktemp("runs")), name="source"), recipe, learn)
-    run.config["data"] |= NORMALIZED
+    run.data |= NORMALIZED
     run.save_weights(learn.model, None)
     return run.path
 
