@@ -22,8 +22,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-from fastcore.basics import IN_NOTEBOOK
-from fastcore.script import anno_parser
+try:
+    from fastcore.basics import IN_NOTEBOOK
+    from fastcore.script import anno_parser
+except ModuleNotFoundError:
+    how = "source .venv/bin/activate, or conda activate cifar10"
+    sys.exit(f"error: fastcore is not installed; activate the environment first: {how}")
 
 from cifar10 import signals
 from cifar10.errors import UserError, WriteError

@@ -68,6 +68,14 @@ def test_what_the_options_alone_tell(words, says):
     assert status == 2 and line.startswith(says) and not out and not slow
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_the_environment(script):
+    code = f"import runpy, sys; sys.modules['fastcore'] = None; runpy.run_path({script!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: fastcore is not installed; activate the environment first: source .venv/bin")
+
+
 def test_debug_shows_where():
     status, _, said, slow = run("train.py", "--epochs", "0", "--debug")
     assert status == 1 and said[0].startswith("Traceback") and said[-1].startswith("cifar10.errors.UserError: epochs")

@@ -238,7 +238,9 @@ def eval_split_name(images: ImageTable, valid: str) -> str:
 
 def describe(dls: DataLoaders) -> str:
     """What the images are, like: `photos: 2 classes (cat, dog); 80 training and 20 test images, 99×66 pixels`."""
-    images, names = dls.train.table, ("training", "validation", "test")
+    images = dls.train.table
+    second = "test" if images.splits[int(dls.valid.rows[0])] == "test" else "validation"
+    names = ("training", second, "test")
     counts = [f"{len(dl.dataset):,} {name}" for dl, name in zip(dls.loaders, names, strict=False)]
     sizes = " to ".join(dict.fromkeys(f"{width}×{height}" for width, height in images.sizes))
     target = f"{images.size}×{images.size}"

@@ -191,7 +191,7 @@ class Run:
 
 
 def find_run(run: str | Path, runs_dir: str | Path = "runs") -> Path:
-    """The path of a run; `"last"` is the one in `runs_dir` that was trained most recently."""
+    """The path of a run; `"last"` is the one in `runs_dir` that was started or resumed last."""
     if run != "last":
         return Path(run).expanduser()
     configs = sorted(Path(runs_dir).glob("*/config.json"), key=lambda config: config.stat().st_mtime)
