@@ -8,11 +8,12 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import make_images
 from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
 from PIL import Image
 
 from augment import Cutout, FlipLR, RandomCrop
-from cifar10.data.loaders import build_dls
+from cifar10.data.loaders import build_dls, describe
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
 from cifar10.hardware import get_device
@@ -130,6 +131,19 @@ def test_holdout_is_a_balanced_seeded_tenth_of_the_training_images(digits):
     counts = [sum(file.parent.name == label for file in valid) for label in dls.vocab]
     assert max(counts) - min(counts) <= 1
     assert set(get_dls("digits", valid="holdout").valid_ds.items) == valid
+
+
+@pytest.mark.parametrize(
+    ("name", "valid", "says"),
+    [
+        ("test", "test", "48 training and 16 test images"),
+        ("valid", "test", "48 training and 16 validation images"),
+        ("test", "holdout", "43 training and 5 validation images"),
+    ],
+)
+def test_the_images_are_described_as_what_they_are_used_for(tmp_path, name, valid, says):
+    (make_images(tmp_path / "images") / "test").rename(tmp_path / "images" / name)
+    assert says in describe(get_dls(tmp_path / "images", valid=valid, batch_size=8))
 
 
 def test_a_wrong_kind_of_validation():
