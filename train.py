@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastai.vision.all import ClassificationInterpretation, DataLoaders, Learner  # noqa: F401 (for a REPL)
 
-from augment import Cutout, FlipLR, RandomCrop
+from augment import AlternatingFlip, Cutout, FlipLR, RandomCrop
 from cifar10.data import ImageTable, Reading, build_dls, with_stats
 from cifar10.errors import UserError
 from cifar10.interpretation import ImageClassifier, report_run
@@ -48,7 +48,7 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
     cutout = recipe.cutout * images.size // REFERENCE_SIDE
     tfms = [RandomCrop(images.size, padding=padding, pad_mode=recipe.crop_mode)]
     if recipe.flip:
-        tfms.append(FlipLR())
+        tfms.append(AlternatingFlip() if recipe.alternate_flips else FlipLR())
     if cutout:
         tfms.append(Cutout(cutout, cutout))
     return build_dls(images, tfms, bs=recipe.batch_size, valid=valid, device=device, weighted=recipe.weighted)

@@ -84,6 +84,7 @@ class Recipe:
     # Reflection invents no border that the model could learn to see.
     crop_mode: Annotated[str, choices("reflect", "constant", "edge", "symmetric")] = "reflect"
     flip: bool = True
+    alternate_flips: bool = False  # mirror half of the images in one epoch and the others in the next, not at random
     cutout: Annotated[int, Bounds(0, 32)] = 8  # side of the square in pixels
     # Side of the training images in pixels, and the fraction of the training run until which it is used.
     sizes: tuple[tuple[int, float], ...] = ((32, 1.0),)

@@ -4,11 +4,13 @@ from fastai.vision.all import Normalize, TensorImage
 from scipy.stats import binomtest, chisquare
 from torchvision.transforms.v2.functional import pad
 
-from augment import Cutout, FlipLR, RandomCrop
+from augment import AlternatingFlip, Cutout, FlipLR, RandomCrop
 from train import get_dls
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-TRANSFORMS = pytest.mark.parametrize("transform", [RandomCrop(), FlipLR(), Cutout()], ids=lambda t: type(t).__name__)
+TRANSFORMS = pytest.mark.parametrize(
+    "transform", [RandomCrop(), FlipLR(), AlternatingFlip(), Cutout()], ids=lambda t: type(t).__name__
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,14 +80,27 @@ def test_crop_is_a_window_of_the_padded_image(pad_mode):
 
 
 @DTYPES
-def test_flip_mirrors_half_of_the_images(dtype):
+@pytest.mark.parametrize("transform", [FlipLR(), AlternatingFlip()], ids=["FlipLR", "AlternatingFlip"])
+def test_flip_mirrors_half_of_the_images(dtype, transform):
     x = coordinates(10_000, dtype)
-    y = train(FlipLR(), x)
+    y = train(transform, x)
     assert y.dtype == dtype
     flipped = (y == x.flip(-1)).flatten(1).all(dim=1)
     kept = (y == x).flatten(1).all(dim=1)
     assert (flipped ^ kept).all()
     assert binomtest(int(flipped.sum()), len(x)).pvalue > 1e-3
+
+
+def test_alternating_flip_mirrors_each_image_in_every_second_epoch():
+    x = TensorImage(torch.randint(256, (10_000, 3, 8, 8), dtype=torch.uint8))
+    transform, mirrored = AlternatingFlip(), []
+    for transform.epoch in range(3):
+        y = train(transform, x)
+        assert y.dtype == x.dtype and torch.equal(train(transform, x.flip(0)), y.flip(0))  # in any order
+        mirrored.append((y == x.flip(-1)).flatten(1).all(dim=1))
+        assert (mirrored[-1] ^ (y == x).flatten(1).all(dim=1)).all()
+    assert torch.equal(mirrored[1], ~mirrored[0]) and torch.equal(mirrored[2], mirrored[0])
+    assert binomtest(int(mirrored[0].sum()), len(x)).pvalue > 1e-3
 
 
 @TRANSFORMS

@@ -34,6 +34,7 @@ from cifar10.training.tricks import (
     GradientValueClip,
     L1Penalty,
     ProgressiveResize,
+    TellEpoch,
 )
 
 
@@ -194,7 +195,7 @@ def build_learner(dls: DataLoaders, model: nn.Module, recipe: Recipe, precision:
     # Convolutions run faster with the channels last, but not on an Apple GPU.
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     model = model.to(device, memory_format=layout)  # type: ignore
-    callbacks = [TrainEvalCallback(), EpochRecorder(), learner.CastToTensor(), Progress()]
+    callbacks = [TrainEvalCallback(), EpochRecorder(), learner.CastToTensor(), Progress(), TellEpoch()]
     callbacks += precision_callbacks(precision, device)
     if recipe.clip:
         callbacks.append(GradientValueClip(recipe.clip))

@@ -35,6 +35,15 @@ class L1Penalty(Callback):
         self.learn.loss_grad = self.loss_grad + self.factor * sum(p.abs().sum() for p in self.model.parameters())
 
 
+class TellEpoch(Callback):
+    """Tell the transforms of training batches that have an `epoch`, like `AlternatingFlip`, which one it is."""
+
+    def before_train(self):
+        for tfm in self.dls.train.after_batch.fs:
+            if hasattr(tfm, "epoch"):
+                tfm.epoch = self.epoch
+
+
 class ProgressiveResize(Callback):
     """Train on images of the recipe's sizes, one after the other; validate on full-size images.
 

@@ -12,7 +12,7 @@ from conftest import make_images
 from fastai.vision.all import PILImage, TensorCategory, TensorImage, Transform
 from PIL import Image
 
-from augment import Cutout, FlipLR, RandomCrop
+from augment import AlternatingFlip, Cutout, FlipLR, RandomCrop
 from cifar10.data.loaders import build_dls, describe
 from cifar10.data.table import ImageTable
 from cifar10.errors import UserError
@@ -90,7 +90,7 @@ class Noise(Transform):
 
 @pytest.mark.parametrize("others", ([], [Noise()]))
 def test_the_part_of_a_process_is_what_it_would_be_in_the_whole_batch(others):
-    tfms = [RandomCrop(32, padding=4), FlipLR(), *others, Cutout(8, 8)]
+    tfms = [RandomCrop(32, padding=4), FlipLR(), AlternatingFlip(), *others, Cutout(8, 8)]
     dl = build_dls("digits", tfms, bs=50, device="cpu").train
 
     def epoch(share):

@@ -12,7 +12,7 @@ from fastai.vision.all import Adam, Callback, event, load_learner, set_seed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from augment import Cutout, FlipLR, RandomCrop
+from augment import AlternatingFlip, Cutout, FlipLR, RandomCrop
 from cifar10.errors import UserError
 from cifar10.files import read_csv
 from cifar10.hardware import resolve_precision
@@ -286,4 +286,8 @@ def test_the_recipe_reaches_the_transforms(shapes):
     dls = get_dls(shapes, replace(ASSIGNMENT, cutout=4), batch_size=8)
     assert dls.bs == 8 and next(t for t in dls.train.after_batch.fs if isinstance(t, Cutout)).height == 4
     dls = get_dls("digits", "faster")
-    assert dls.bs == 64 and not [t for t in dls.train.after_batch.fs if isinstance(t, (Cutout, FlipLR))]
+    flips = (FlipLR, AlternatingFlip)
+    assert dls.bs == 64 and not [t for t in dls.train.after_batch.fs if isinstance(t, (Cutout, *flips))]
+    for alternate, kind in enumerate(flips):
+        dls = get_dls("digits", "faster", flip=True, alternate_flips=bool(alternate))
+        assert [type(t) for t in dls.train.after_batch.fs if isinstance(t, flips)] == [kind]

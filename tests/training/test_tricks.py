@@ -8,10 +8,11 @@ from conftest import small
 from fastai.vision.all import Callback, MixedPrecision, set_seed
 from torch import nn
 
+from augment import AlternatingFlip
 from cifar10.recipes import ASSIGNMENT
 from cifar10.training.tricks import count_flop
 from model import ResNet
-from train import get_learner
+from train import get_dls, get_learner
 
 
 def gradients(learn) -> torch.Tensor:
@@ -112,6 +113,13 @@ def test_operations_are_counted_by_size_and_by_what_is_trained(dls):
     learn.validate()
     learn.get_preds()
     assert learn.recorder.flop == 0  # training only
+
+
+def test_images_are_mirrored_in_turn(shapes):
+    learn = small(get_dls(shapes, alternate_flips=True, batch_size=16))
+    flip = next(tfm for tfm in learn.dls.train.after_batch.fs if isinstance(tfm, AlternatingFlip))
+    learn.fit(3, 0.01, cbs=[look := Look(lambda learn: flip.epoch)])
+    assert look.seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_tricks_are_absent_if_the_recipe_does_without(dls):
