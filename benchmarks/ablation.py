@@ -6,7 +6,6 @@ as there are cores, with one thread each, because a narrow model can't use more 
 """
 
 import json
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -17,7 +16,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from fastcore.basics import num_cpus
 
-from benchmarks import candidates
 from benchmarks.seeds import train_once
 from cifar10 import cli
 from cifar10.cli import OutputFile
@@ -48,8 +46,7 @@ COLUMNS = (
     Column("nll", "NLL", 1, 4),
 )
 
-# Recipe → what is changed in all of its rows, because 24 epochs would take too long, and what in each: title → fields,
-# and the `callbacks` of candidates.py.
+# Recipe → what is changed in all of its rows, because 24 epochs would take too long, and what in each: title → fields.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "faster": (
         {},
@@ -59,12 +56,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "no whitening, prep not frozen": dict(whiten=False, freeze=(("layer1", 0.8),)),
             "no Dirac filters": dict(init="default"),
             "PyTorch's initialization": PLAIN,
-            "scales of normalization trained": dict(train_norm_scales=True),
-            "alternating flip": dict(callbacks=("AlternatingFlip",)),
-            "alternating flip, windows instead of resized images": dict(
-                callbacks=("AlternatingFlip", "Windows"), sizes=((32, 1.0),)
-            ),
-            "label smoothing 0.12": dict(label_smoothing=0.12),
+            "images mirrored at random": dict(alternate_flips=False),
+            "label smoothing 0.2": dict(label_smoothing=0.2),
             "momentum 0.7, with learning rates to match": dict(
                 momentum=0.7, lr_max=1.0, lr_min=0.2, muon_lr_scale=0.12
             ),
@@ -72,9 +65,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "6 epochs, on smaller images": dict(
                 epochs=6, peak_epoch=1.2, sizes=((20, 0.25), (24, 0.5), (28, 0.7), (32, 1.0))
             ),
-            "brightness and contrast changed in the end": dict(callbacks=("Jitter",)),
-            "exchanged 3×3 patches in the end": dict(callbacks=("Patches",)),
-            "no residual blocks until 15%": dict(callbacks=("Grow",)),
         },
     ),
     "assignment": (
@@ -111,14 +101,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 
 def changed(base: Recipe, changes: dict[str, Any], train_images: int) -> Recipe:
     """A row's recipe; its batches hold at most `train_images`."""
-    fields = {name: value for name, value in changes.items() if name != "callbacks"}
-    return replace(base, **fields | dict(batch_size=min(fields.get("batch_size", base.batch_size), train_images)))
+    return replace(base, **changes | dict(batch_size=min(changes.get("batch_size", base.batch_size), train_images)))
 
 
-def train(recipe: Recipe, data: str, width: int, seed: int, callbacks: Sequence[str] = ()) -> dict[str, Any]:
+def train(recipe: Recipe, data: str, width: int, seed: int) -> dict[str, Any]:
     """What training by the recipe gives on the held-out images, and what it takes."""
-    cbs = [getattr(candidates, name)(recipe) for name in callbacks]
-    metrics = train_once(get_dls(data, recipe, valid="holdout", device="cpu"), recipe, seed, width, cbs=cbs)
+    metrics = train_once(get_dls(data, recipe, valid="holdout", device="cpu"), recipe, seed, width)
     names = [*(column.metric for column in COLUMNS), "pflop"]
     return {name: metrics[name] for name in names} | dict(commit=collect_env()["commit"])
 
@@ -191,9 +179,9 @@ def main(
     recipes = {title: changed(base, fields, train_images) for title, fields in variants.items()}
     with ProcessPoolExecutor(num_cpus(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         trainings = {
-            pool.submit(train, recipes[title], data, width, seed, fields.get("callbacks", ())): (title, str(seed))
+            pool.submit(train, recipes[title], data, width, seed): (title, str(seed))
             for seed in range(seeds)
-            for title, fields in variants.items()
+            for title in variants
             if str(seed) not in runs[title]
         }
         try:

@@ -26,8 +26,7 @@ from compare import mean_and_std
 from train import choose_lrs, fit, get_dls, get_learner
 
 
-def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = None, weights=None,
-               cbs=()) -> dict[str, Any]:  # fmt: skip
+def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = None, weights=None) -> dict[str, Any]:
     """The metrics of a training run by a recipe: with the LR finder, if it has one, and validation. Needs no folder."""
     begin = now(dls.device)
     set_seed(seed, reproducible=True)
@@ -37,7 +36,7 @@ def train_once(dls: DataLoaders, recipe: Recipe, seed: int, width: int | None = 
         if weights:
             fit_head(learn)
         chosen = choose_lrs(learn, recipe)
-        fit(learn, chosen, [StopAtNaN(), *cbs])
+        fit(learn, chosen, [StopAtNaN()])
         seconds, recorder = now(dls.device) - begin, learn.recorder
         seconds_training, pflop = recorder.train_seconds, recorder.flop / 1e15
         history = [[*row, *extra] for row, extra in zip(recorder.values, recorder.extra, strict=True)]
