@@ -176,8 +176,12 @@ FAST = replace(
     norm_bias_lr_scale=32, train_norm_scales=False, weight_decay=2e-3,
 )  # fmt: skip
 
-# Three epochs fewer, and more of them on small images.
-FASTER = replace(FAST, name="faster", epochs=5, peak_epoch=1, sizes=((24, 0.35), (28, 0.5), (32, 1.0)))
+# Three epochs fewer, and more of them on small images. Images are mirrored in turn, so that two epochs show both sides
+# of each; less label smoothing is enough, and the scales of normalization may as well be trained.
+FASTER = replace(
+    FAST, name="faster", epochs=5, peak_epoch=1, alternate_flips=True, label_smoothing=0.12,
+    sizes=((24, 0.35), (28, 0.5), (32, 1.0)), train_norm_scales=True,
+)  # fmt: skip
 
 # 24 epochs with free choices: twice as many steps, a larger Cutout, and down to a learning rate near zero.
 BEST = replace(
