@@ -135,8 +135,8 @@ def table(results: dict[str, Any]) -> str:
                 row += [f"{mean(ours):.{decimals}f}", compared]
             rows.append([*row, f"{runs[seeds[0]]['pflop']:.4f}"] if "pflop" in measured else row)
     header += ["PFLOP"] * ("pflop" in measured)
-    version = f" in version {results['version']}" if "version" in results else ""  # of runs that are no longer added to
-    title = f"`{recipe['name']}`, {recipe['epochs']} epochs, width {results['width']}{version}: `{results['command']}`"
+    when = f", {results['when']}" if "when" in results else ""  # of runs that are no longer added to
+    title = f"`{recipe['name']}`, {recipe['epochs']} epochs, width {results['width']}{when}: `{results['command']}`"
     return f"{title}\n\n{markdown_table(header, rows, right=len(header) - 1)}"
 
 
