@@ -1,8 +1,8 @@
-"""The assignment's training transforms, RandomCrop → FlipLR → Cutout, and another flip, each on a whole batch at once.
+"""The assignment's training transforms, RandomCrop → FlipLR → Cutout, each on a whole batch at once; and another flip.
 
 A transform draws its random numbers for all images at once, on the batch's own device and from torch's generator there,
 so `torch.manual_seed` makes it repeatable. Validation batches pass untouched (`split_idx = 0`). The orders put the crop
-and the flip before fastai's `IntToFloatTensor` (10), where a batch is a quarter of the size, and Cutout after
+and the flips before fastai's `IntToFloatTensor` (10), where a batch is a quarter of the size, and Cutout after
 `Normalize` (99), where the data set's mean is 0.
 """
 
@@ -65,10 +65,11 @@ class FlipLR(BatchTransform):
 
 
 class AlternatingFlip(BatchTransform):
-    """The mirror image of half of the images in one epoch, of the other half in the next: `(N, C, H, W)`, as before.
+    """The mirror image of half of the images in one epoch, and of the others in the next: uint8 `(N, C, H, W)` → same.
 
-    So in two epochs, each image is seen both ways. The sum of an image's pixels decides which half it is in, which is
-    why this comes before the crop. A Learner of ours sets `epoch`; with another, images are mirrored at random.
+    In two epochs, each image is seen both ways. The sum of its pixels decides which half an image belongs to, so this
+    comes before the crop, which changes the sum. The callback `TellEpoch`, which `get_learner` adds, sets `epoch`;
+    without it, images are mirrored at random.
     Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024.
     """
 

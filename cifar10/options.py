@@ -38,7 +38,7 @@ class Options:
     lr_max: float | None = None  # highest learning rate (default: the recipe's, or from the LR finder)
     lr_min: float | None = None  # initial learning rate (default: in proportion to lr_max, found, or lr_max / 100)
     annihilate: Annotated[bool | None, YES_NO] = None  # end near zero instead of at lr_min (default: the recipe's)
-    flip: Annotated[bool | None, YES_NO] = None  # mirror training images at random (default: yes; no on the digits)
+    flip: Annotated[bool | None, YES_NO] = None  # mirror half of the training images (default: yes; no on the digits)
     clip: float | None = None  # limit for each value of a gradient; 0 for none (default: 0; the notebook uses 0.1)
     l1: float | None = None  # weight of an L1 penalty on all parameters (default: 0)
     norm: Annotated[str, choices("batch", "layer")] = "batch"  # normalization layer

@@ -93,6 +93,7 @@ def test_figures_in_sentences_equal_their_files():
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     n_norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     step, first, second = gpu["step"], *search["trainings"]["as it is now"]
+    minutes = [tables.result(f"seeds/faster-{seed}/metrics.json")["seconds"] / 60 for seed in range(4)]
     figures = {
         "benchmarks": [
             *(f"{step[name]:.1f} ms" for name in ("ours_ms", "bare_ms")), f"{step['ratio']:.2f} times as long",
@@ -101,9 +102,7 @@ def test_figures_in_sentences_equal_their_files():
             f"by {gain_of_less_smoothing('nll', -1, 4)}",
             f"{gain_of_less_smoothing('accuracy', 100, 2)} points higher",
             f"{gain_of_less_smoothing('tta_accuracy', 100, 2)} with TTA",
-            "took {:.1f} and {:.1f} minutes".format(
-                *(tables.result(f"seeds/faster-{seed}/metrics.json")["seconds"] / 60 for seed in (0, 3))
-            ),
+            f"took {min(minutes):.1f} to {max(minutes):.1f} minutes",
         ],
         "scale": [
             f"{scale['seconds'][1]['speedup']:.2f}× the speed", f"{shared['pixels_gb']:.1f} GB of pixels",

@@ -36,7 +36,7 @@ class L1Penalty(Callback):
 
 
 class TellEpoch(Callback):
-    """Tell the transforms of training batches that have an `epoch`, like `AlternatingFlip`, which one it is."""
+    """Set the `epoch` of the training transforms that have one, like `AlternatingFlip`."""
 
     def before_train(self):
         for tfm in self.dls.train.after_batch.fs:
