@@ -39,7 +39,8 @@ class TellEpoch(Callback):
     """Set the `epoch` of the training transforms that have one, like `AlternatingFlip`."""
 
     def before_train(self):
-        for tfm in self.dls.train.after_batch.fs:
+        pipeline = getattr(self.dl, "after_batch", None)  # which PyTorch's DataLoader, for one, does not have
+        for tfm in getattr(pipeline, "fs", ()):
             if hasattr(tfm, "epoch"):
                 tfm.epoch = self.epoch
 
