@@ -48,7 +48,8 @@ def get_dls(data="auto", recipe: str | Recipe = "assignment", valid="test", devi
     cutout = recipe.cutout * images.size // REFERENCE_SIDE
     tfms = [RandomCrop(images.size, padding=padding, pad_mode=recipe.crop_mode)]
     if recipe.flip:
-        tfms.append(AlternatingFlip() if recipe.alternate_flips else FlipLR())
+        # Weighted, an image may be drawn several times in an epoch.
+        tfms.append(AlternatingFlip() if recipe.alternate_flips and not recipe.weighted else FlipLR())
     if cutout:
         tfms.append(Cutout(cutout, cutout))
     return build_dls(images, tfms, bs=recipe.batch_size, valid=valid, device=device, weighted=recipe.weighted)

@@ -84,7 +84,7 @@ class Recipe:
     # Reflection invents no border that the model could learn to see.
     crop_mode: Annotated[str, choices("reflect", "constant", "edge", "symmetric")] = "reflect"
     flip: bool = True
-    alternate_flips: bool = False  # mirror half of the images in one epoch and the others in the next, not at random
+    alternate_flips: bool = False  # mirror one half of the images in even epochs, the other in odd ones
     cutout: Annotated[int, Bounds(0, 32)] = 8  # side of the square in pixels
     # Side of the training images in pixels, and the fraction of the training run until which it is used.
     sizes: tuple[tuple[int, float], ...] = ((32, 1.0),)
@@ -177,7 +177,7 @@ FAST = replace(
 )  # fmt: skip
 
 # Three epochs fewer, and more of them on small images. Images are mirrored in turn, so that two epochs show both sides
-# of each; less label smoothing is enough, and the scales of normalization may as well be trained.
+# of each; less label smoothing is better, and scales of normalization are trained, as is usual.
 FASTER = replace(
     FAST, name="faster", epochs=5, peak_epoch=1, alternate_flips=True, label_smoothing=0.12,
     sizes=((24, 0.35), (28, 0.5), (32, 1.0)), train_norm_scales=True,

@@ -61,7 +61,7 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
 
 
 # Callbacks whose `after_fit` only undoes what they changed for the duration of a fit.
-TEMPORARY = (ProgressCallback, MixedPrecision, HookCallback, FreezeLayers, Strips, Distributed)
+TEMPORARY = (ProgressCallback, MixedPrecision, HookCallback, FreezeLayers, TellEpoch, Strips, Distributed)
 
 
 class Learner(learner.Learner):

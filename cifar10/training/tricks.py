@@ -36,13 +36,19 @@ class L1Penalty(Callback):
 
 
 class TellEpoch(Callback):
-    """Set the `epoch` of the training transforms that have one, like `AlternatingFlip`."""
+    """Set the `epoch` of the training transforms that have one, like `AlternatingFlip`, until the end of the fit."""
 
     def before_train(self):
-        pipeline = getattr(self.dl, "after_batch", None)  # which PyTorch's DataLoader, for one, does not have
+        self.tell(self.epoch)
+
+    def after_fit(self):
+        self.tell(None)
+
+    def tell(self, epoch: int | None):
+        pipeline = getattr(self.dls.train, "after_batch", None)  # which PyTorch's DataLoader, for one, does not have
         for tfm in getattr(pipeline, "fs", ()):
             if hasattr(tfm, "epoch"):
-                tfm.epoch = self.epoch
+                tfm.epoch = epoch
 
 
 class ProgressiveResize(Callback):

@@ -88,9 +88,12 @@ class Noise(Transform):
         return x + torch.randn(len(x), 1, 1, 1)
 
 
+@pytest.mark.parametrize("epoch_number", (None, 1))
 @pytest.mark.parametrize("others", ([], [Noise()]))
-def test_the_part_of_a_process_is_what_it_would_be_in_the_whole_batch(others):
-    tfms = [RandomCrop(32, padding=4), FlipLR(), AlternatingFlip(), *others, Cutout(8, 8)]
+def test_the_part_of_a_process_is_what_it_would_be_in_the_whole_batch(others, epoch_number):
+    flip = AlternatingFlip()
+    flip.epoch = epoch_number
+    tfms = [RandomCrop(32, padding=4), FlipLR(), flip, *others, Cutout(8, 8)]
     dl = build_dls("digits", tfms, bs=50, device="cpu").train
 
     def epoch(share):

@@ -291,3 +291,5 @@ def test_the_recipe_reaches_the_transforms(shapes):
     for alternate, kind in enumerate(flips):
         dls = get_dls("digits", "faster", flip=True, alternate_flips=bool(alternate))
         assert [type(t) for t in dls.train.after_batch.fs if isinstance(t, flips)] == [kind]
+    dls = get_dls("digits", "faster", flip=True, weighted=True)
+    assert [type(t) for t in dls.train.after_batch.fs if isinstance(t, flips)] == [FlipLR]

@@ -119,7 +119,14 @@ def test_images_are_mirrored_in_turn(shapes):
     learn = small(get_dls(shapes, alternate_flips=True, batch_size=16))
     flip = next(tfm for tfm in learn.dls.train.after_batch.fs if isinstance(tfm, AlternatingFlip))
     learn.fit(3, 0.01, cbs=[look := Look(lambda learn: flip.epoch)])
-    assert look.seen == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert look.seen == [0, 0, 0, 1, 1, 1, 2, 2, 2] and flip.epoch is None  # at random again
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, 0.01, cbs=Callback(after_batch=interrupt))
+    assert flip.epoch is None
 
 
 def test_tricks_are_absent_if_the_recipe_does_without(dls):
