@@ -90,7 +90,7 @@ def recipes() -> str:
         "statistics of batch normalization": lambda r: "of each batch" if r.train_norm_stats else "of the weights",
         "weight decay of the FC layer": lambda r: f"{r.weight_decay:g}",
         "label smoothing": lambda r: f"{r.label_smoothing:g}",
-        "mirrored images": lambda r: "half, in turn" if r.alternate_flips else "half, at random",
+        "horizontal flip": lambda r: "alternating" if r.alternate_flips else "random",
         "padding of random crops": lambda r: f"{r.crop_padding} pixels",
         "Cutout": lambda r: f"{r.cutout}×{r.cutout}" if r.cutout else "none",
         "training images": lambda r: ", ".join(f"{side}×{side} until {until:.0%}" for side, until in r.sizes),

@@ -176,8 +176,8 @@ FAST = replace(
     norm_bias_lr_scale=32, train_norm_scales=False, weight_decay=2e-3,
 )  # fmt: skip
 
-# Three epochs fewer, and more of them on small images. Images are mirrored in turn, so that two epochs show both sides
-# of each; less label smoothing is better, and scales of normalization are trained, as is usual.
+# Three epochs fewer, and more of them on small images. The flip alternates, so that two epochs in a row show an image
+# both ways. Less label smoothing is better; the scales of normalization are trained, as is usual.
 FASTER = replace(
     FAST, name="faster", epochs=5, peak_epoch=1, alternate_flips=True, label_smoothing=0.12,
     sizes=((24, 0.35), (28, 0.5), (32, 1.0)), train_norm_scales=True,

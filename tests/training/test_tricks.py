@@ -115,7 +115,7 @@ def test_operations_are_counted_by_size_and_by_what_is_trained(dls):
     assert learn.recorder.flop == 0  # training only
 
 
-def test_images_are_mirrored_in_turn(shapes):
+def test_the_flip_alternates_during_a_fit(shapes):
     learn = small(get_dls(shapes, alternate_flips=True, batch_size=16))
     flip = next(tfm for tfm in learn.dls.train.after_batch.fs if isinstance(tfm, AlternatingFlip))
     learn.fit(3, 0.01, cbs=[look := Look(lambda learn: flip.epoch)])
