@@ -29,6 +29,8 @@ from train import get_dls
 
 BASELINE = "nothing"
 PLAIN = dict(init="default", whiten=False)
+SMALLER = ((20, 0.25), (24, 0.5), (28, 0.7), (32, 1.0))
+BOTH = dict(peak_epoch=0.4, muon_lr_scale=0.13)  # an earlier peak, and convolutions at 0.13 × the learning rate
 
 
 class Column(NamedTuple):
@@ -62,9 +64,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
                 momentum=0.7, lr_max=1.0, lr_min=0.2, muon_lr_scale=0.12
             ),
             "16×16 until 10%": dict(sizes=((16, 0.1), (24, 0.35), (28, 0.5), (32, 1.0))),
-            "6 epochs, on smaller images": dict(
-                epochs=6, peak_epoch=1.2, sizes=((20, 0.25), (24, 0.5), (28, 0.7), (32, 1.0))
-            ),
+            "6 epochs, on smaller images": dict(epochs=6, peak_epoch=1.2, sizes=SMALLER),
+            "peak at epoch 0.4": dict(peak_epoch=0.4),
+            "peak at epoch 0.15": dict(peak_epoch=0.15),
+            "convolutions at 0.25 ×": dict(muon_lr_scale=0.25),
+            "convolutions at 0.13 ×": dict(muon_lr_scale=0.13),
+            "both": BOTH,
+            "both, convolutions at 0.1 ×": BOTH | dict(muon_lr_scale=0.1),
+            "both, biases at 16 ×": BOTH | dict(norm_bias_lr_scale=16),
+            "both, FC layer and scales at 0.5 ×": BOTH
+            | dict(lr_max=0.25, lr_min=0.05, muon_lr_scale=0.26, norm_bias_lr_scale=64),
+            "both, momentum 0.9": BOTH | dict(momentum=0.9),
+            "both, momentum 0.75": BOTH | dict(momentum=0.75),
+            "both, shifts up to 3 pixels": BOTH | dict(crop_padding=3),
+            "both, shifts up to 1 pixel": BOTH | dict(crop_padding=1),
+            "both, 6 epochs, on smaller images": BOTH | dict(epochs=6, peak_epoch=0.48, sizes=SMALLER),
         },
     ),
     "assignment": (
